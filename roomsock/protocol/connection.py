@@ -1,0 +1,437 @@
+"""One WebSocket connection after its opening handshake, without I/O and without a clock.
+
+The contract with the driver, three steps for every input: feed (`receive_data`, or
+`handle_timeout` at `next_deadline`), write what `data_to_send` returns, then handle the events.
+Peer input never raises. wsproto is the authority on the protocol; in front of it stands a fast
+path that takes only whole, final, masked, unreserved data frames while no message is in progress.
+
+Rules: RFC 6455, sections 5 (framing), 7 (closing) and 8.1 (UTF-8).
+"""
+
+from __future__ import annotations
+
+from io import BytesIO, StringIO
+from math import inf
+from typing import Any
+
+from wsproto import events as ws
+from wsproto.connection import Connection as WSProtoConnection
+from wsproto.connection import ConnectionState, ConnectionType
+
+from ..errors import CloseCode
+from ..limits import Limits
+from .events import Event, Failed, PeerClosed, PeerLost, PongReceived
+from .frames import (
+    BINARY,
+    CLOSE,
+    FIN,
+    MASKED,
+    PING,
+    PONG,
+    TEXT,
+    encode_close,
+    encode_frame,
+    frame_size,
+    truncated,
+    unmask,
+)
+from .keepalive import Keepalive
+
+_FINAL_TEXT = FIN | TEXT
+_FINAL_BINARY = FIN | BINARY
+_CONTROL = 0x08
+_REMOTE_CLOSING = ConnectionState.REMOTE_CLOSING
+
+#: Registered with IANA after RFC 6455 ("bad gateway"); wsproto refuses it.
+_BAD_GATEWAY = 1014
+
+
+class Connection:
+    """The server's side of one WebSocket connection.
+
+    Args:
+        limits: `message`, `fragments`, `message_time` and `message_rate` apply.
+        keepalive: ``(interval, timeout)`` in seconds, or None for no pings.
+        now: The time, in seconds of the driver's clock.
+    """
+
+    __slots__ = (
+        "_chunks", "_collect", "_due", "_in_message", "_keepalive", "_limits",
+        "_message_fragments", "_message_since", "_message_size", "_ping", "_rate_budget",
+        "_rate_since", "_remaining", "_tail", "_wsproto", "close_received", "close_sent",
+    )  # fmt: skip
+
+    def __init__(
+        self, limits: Limits, keepalive: tuple[float, float] | None = None, *, now: float = 0.0
+    ) -> None:
+        self._limits = limits
+        interval, timeout = keepalive or (None, 0.0)
+        self._keepalive = Keepalive(interval, timeout, now)
+        self._wsproto: WSProtoConnection | None = None  # made when the fast path leaves something
+        self._due: list[bytes] | None = None
+        self._ping: bytes | None = None  # payload of our newest ping until it is answered
+        #: Whether nothing more is to come: after a close frame, a failure, or the end.
+        self.close_received = False
+        self.close_sent = False
+
+        self._tail = b""  # the incomplete header or control frame at the end of the last read
+        self._remaining = 0  # payload bytes that wsproto still expects for its current frame
+        self._collect: _LargeFrame | None = None
+        self._in_message = False  # between the first and the last frame of a fragmented message
+        self._message_size = 0
+        self._message_fragments = 0
+        self._message_since = inf
+        self._chunks: Any = None  # StringIO or BytesIO: what has come of a message, or None
+        self._rate_budget = inf if limits.message_rate is None else _burst(limits.message_rate)
+        self._rate_since = now
+
+    # Input
+
+    def receive_data(self, data: bytes, now: float) -> list[Event]:
+        """Take bytes from the peer; ``b""`` says that the stream ended.
+
+        Returns:
+            Events in the order the peer caused them; nothing follows a `PeerClosed`, `Failed` or
+            `PeerLost`. Next: write `data_to_send`, then handle the events.
+        """
+        events: list[Event] = []
+        if not data:
+            if not self.close_received:
+                events.append(PeerLost())
+            self._stop_receiving()
+            return events
+        self._keepalive.heard(now)
+        if self.close_received:
+            return events
+        if self.close_sent:
+            self._discard(data, events)
+            return events
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        self._parse(data, events, now)
+        if self._rate_budget != inf:
+            self._limit_rate(events, now)
+        return events
+
+    def _parse(self, data: bytes, events: list[Event], now: float) -> None:
+        position = 0
+        end = len(data)
+        while position < end and not self.close_received:
+            if self._collect is not None:
+                position = self._collect_large(data, position, events)
+            elif self._remaining:
+                stop = min(end, position + self._remaining)
+                self._remaining -= stop - position
+                self._feed_wsproto(data[position:stop], events)
+                position = stop
+            else:
+                if not self._in_message:
+                    position = self._take_whole_frames(data, position, end, events)
+                    if position:  # what began in an earlier read was completed by this one
+                        self._message_since = inf
+                    if position == end:
+                        break
+                position = self._begin_frame(data, position, end, events)
+        if not (self._in_message or self._remaining or self._collect is not None or self._tail):
+            self._message_since = inf
+        elif self._message_since == inf:
+            self._message_since = now
+
+    def _take_whole_frames(self, data: bytes, position: int, end: int, events: list[Event]) -> int:
+        """The fast path: decode whole unfragmented messages in place (1.5 us instead of 9.4).
+
+        Returns:
+            Where the first byte stands that it leaves to wsproto.
+        """
+        limit = self._limits.message
+        while end - position >= 6:
+            first = data[position]
+            length = data[position + 1] - MASKED
+            if length < 0 or (first != _FINAL_TEXT and first != _FINAL_BINARY):
+                break
+            start = position + 6
+            if length > 125:
+                header, length = frame_size(data, position)
+                # A length that fits a shorter field is an error (5.2), which wsproto reports.
+                if not header or length < (126 if header - position == 4 else 65536):
+                    break
+                start = header + 4
+            stop = start + length
+            if stop > end or length > limit:
+                break
+            payload = unmask(data[start:stop], data[start - 4 : start])
+            if first == _FINAL_TEXT:
+                try:
+                    events.append(str(payload, "utf-8"))
+                except UnicodeDecodeError:
+                    break
+            else:
+                events.append(payload)
+            position = stop
+        return position
+
+    def _begin_frame(self, data: bytes, position: int, end: int, events: list[Event]) -> int:
+        """Look at the header of a frame that the fast path left, then hand the frame on.
+
+        Returns:
+            Where to go on.
+        """
+        header, length = frame_size(data, position)
+        if not header:
+            self._tail = data[position:]
+            return end
+        first = data[position]
+        start = header + (4 if data[position + 1] & MASKED else 0)
+        if first & _CONTROL:
+            # A control frame is at most 131 bytes: wait for the whole of it, so that what wsproto
+            # says of it can be judged against its payload. A longer length field is an error.
+            if header == position + 2:
+                if end < start + length:
+                    self._tail = data[position:]
+                    return end
+                self._feed_control(data, position, start, start + length, events)
+                return start + length
+        else:
+            excess = self._count_fragment(length)
+            if excess:
+                self._feed_wsproto(data[position:header], events)  # what is malformed is no 1009
+                if not self.close_received:
+                    self._fail(events, CloseCode.MESSAGE_TOO_BIG, excess)
+                return end
+            if first == _FINAL_BINARY and not self._in_message and end < start + length:
+                self._collect = _LargeFrame.begin(data[position:start], length)
+                if self._collect is not None:
+                    return start
+            self._in_message = not first & FIN
+        stop = min(end, start + length)
+        self._remaining = start + length - stop
+        self._feed_wsproto(data[position:stop], events)
+        return stop
+
+    def _count_fragment(self, length: int) -> str:
+        """Hold a data frame against the limits before a byte of its payload is taken.
+
+        Returns:
+            Which limit it passes, if any.
+        """
+        if not self._in_message:
+            self._message_size = self._message_fragments = 0
+        self._message_size += length
+        self._message_fragments += 1
+        limits = self._limits
+        if self._message_size > limits.message:
+            return f"message above {limits.message} bytes (Limits.message)"
+        if self._message_fragments > limits.fragments:
+            return f"message in more than {limits.fragments} fragments (Limits.fragments)"
+        return ""
+
+    def _collect_large(self, data: bytes, position: int, events: list[Event]) -> int:
+        """Gather a binary frame that did not fit one read, and unmask it once."""
+        frame = self._collect
+        assert frame is not None
+        stop = min(len(data), position + frame.missing)
+        frame.add(data[position:stop])
+        if not frame.missing:
+            events.append(frame.payload())
+            self._collect = None
+        return stop
+
+    def _feed_control(
+        self, data: bytes, position: int, start: int, stop: int, events: list[Event]
+    ) -> None:
+        first = data[position]
+        if data[position + 1] & MASKED:
+            payload = unmask(data[start:stop], data[start - 4 : start])
+            # Flawless pings and pongs change nothing in wsproto; a connection that sees only these
+            # never has one.
+            if first == FIN | PING:
+                self._owe(encode_frame(PONG, payload))
+                return
+            if first == FIN | PONG:
+                self._handle_pong(payload, events)
+                return
+            if first == FIN | CLOSE and int.from_bytes(payload[:2], "big") == _BAD_GATEWAY:
+                try:
+                    events.append(PeerClosed(_BAD_GATEWAY, payload[2:].decode()))
+                except UnicodeDecodeError:
+                    self._fail(events, CloseCode.INVALID_DATA, "invalid UTF-8")
+                else:
+                    self._stop_receiving()
+                return
+        self._feed_wsproto(data[position:stop], events)
+
+    def _feed_wsproto(self, data: bytes, events: list[Event]) -> None:
+        if self._wsproto is None:
+            self._wsproto = WSProtoConnection(ConnectionType.SERVER)
+        self._wsproto.receive_data(data)
+        for event in self._wsproto.events():
+            if isinstance(event, ws.Message):
+                self._add_chunk(event, events)
+            else:
+                assert isinstance(event, ws.CloseConnection)
+                if self._wsproto.state is _REMOTE_CLOSING:
+                    events.append(PeerClosed(int(event.code), event.reason or ""))
+                    self._stop_receiving()
+                elif event.code == CloseCode.INVALID_DATA:
+                    # wsproto's own text names an offset that depends on how the bytes were split
+                    self._fail(events, CloseCode.INVALID_DATA, "invalid UTF-8")
+                else:
+                    self._fail(events, int(event.code), event.reason or "")
+                return
+
+    def _add_chunk(self, event: ws.Message[Any], events: list[Event]) -> None:
+        """wsproto reports chunks: join them into messages, once."""
+        if self._chunks is None:
+            if event.message_finished:
+                events.append(event.data)
+                return
+            # Not a list: a message that comes in tiny pieces would cost an object for each.
+            self._chunks = StringIO() if isinstance(event, ws.TextMessage) else BytesIO()
+        self._chunks.write(event.data)
+        if event.message_finished:
+            events.append(self._chunks.getvalue())
+            self._chunks = None
+
+    def _handle_pong(self, payload: bytes, events: list[Event]) -> None:
+        # `heard` has already taken the pong for life; only the first answer to our newest ping
+        # tells how long the way is. Unsolicited pongs are legal (5.5.3).
+        if payload == self._ping:
+            events.append(PongReceived(float.fromhex(payload.decode())))
+            self._ping = None
+
+    def _limit_rate(self, events: list[Event], now: float) -> None:
+        rate = self._limits.message_rate
+        assert rate is not None
+        earned = (now - self._rate_since) * rate
+        self._rate_since = now
+        self._rate_budget = min(_burst(rate), self._rate_budget + earned)
+        for index, event in enumerate(events):
+            if isinstance(event, (str, bytes)):
+                self._rate_budget -= 1
+                if self._rate_budget < 0:
+                    del events[index:]
+                    reason = f"more than {rate:g} messages a second (Limits.message_rate)"
+                    self._fail(events, CloseCode.POLICY_VIOLATION, reason)
+                    return
+
+    def _discard(self, data: bytes, events: list[Event]) -> None:
+        """After our close frame only the peer's own is of interest."""
+        discarded: list[Event] = []
+        data, self._tail = self._tail + data, b""
+        self._parse(data, discarded, 0.0)
+        self._message_since = inf
+        self._due = None  # a ping that comes while we are closing is not answered
+        for event in discarded:
+            if isinstance(event, PeerClosed):
+                events.append(event)
+            elif isinstance(event, Failed):
+                events.append(PeerLost("protocol violation while closing"))
+
+    def _fail(self, events: list[Event], code: int, reason: str) -> None:
+        events.append(Failed(code, truncated(reason)))
+        # 7.1.7: who fails a connection does not wait for the peer's close frame. It could not be
+        # found any more in a stream that is no longer WebSocket.
+        self._stop_receiving()
+
+    def _stop_receiving(self) -> None:
+        self.close_received = True
+        self._tail = b""
+        self._chunks = self._collect = None
+        self._message_since = inf
+
+    # Output
+
+    def _owe(self, frame: bytes) -> None:
+        if self._due is None:
+            self._due = []
+        self._due.append(frame)
+
+    def data_to_send(self) -> list[bytes]:
+        """Control frames that are due now, oldest first; each is owed once."""
+        due = self._due
+        if due is None:
+            return []
+        self._due = None
+        return due
+
+    def close(self, code: int, reason: str = "") -> bytes:
+        """Begin or answer the closing handshake. How long to wait for the peer's close frame
+        (until `close_received`) is the driver's to decide.
+
+        Returns:
+            The close frame to write behind everything queued; empty when it was sent before.
+        """
+        if self.close_sent:
+            return b""
+        self.close_sent = True
+        self._due = None
+        return encode_close(code, reason)
+
+    # Time
+
+    def next_deadline(self) -> float:
+        """When to call `handle_timeout` next; infinity when nothing waits for time."""
+        if self.close_sent or self.close_received:
+            return inf
+        return min(self._keepalive.next_deadline(), self._message_since + self._limits.message_time)
+
+    def handle_timeout(self, now: float, *, reading: bool = True) -> list[Event]:
+        """Do what time demands: ping, fail a silent peer or a dripping message.
+
+        Args:
+            now: The time.
+            reading: Whether input was being read; while it is not, silence proves nothing.
+        """
+        events: list[Event] = []
+        if self.close_sent or self.close_received:
+            return events
+        if not reading:
+            if self._message_since != inf:
+                self._message_since = now
+            if self._keepalive.excuse(now):
+                self._send_ping(now)
+        elif now >= self._message_since + self._limits.message_time:
+            seconds = self._limits.message_time
+            reason = f"message took longer than {seconds:g} s (Limits.message_time)"
+            self._fail(events, CloseCode.POLICY_VIOLATION, reason)
+        elif self._keepalive.is_dead(now):
+            self._fail(events, CloseCode.INTERNAL_ERROR, "keepalive: no answer to a ping")
+        elif self._keepalive.ping_due(now):
+            self._send_ping(now)
+        return events
+
+    def _send_ping(self, now: float) -> None:
+        self._ping = float(now).hex().encode()
+        self._owe(encode_frame(PING, self._ping))
+        self._keepalive.ping_sent(now)
+
+
+def _burst(rate: float) -> float:
+    """How many messages may come at once: ten seconds' worth, and never less than one."""
+    return max(1.0, rate * 10)
+
+
+class _LargeFrame:
+    """The payload of a binary frame on its way: kept masked until it is complete."""
+
+    __slots__ = ("_key", "_masked", "missing")
+
+    def __init__(self, key: bytes, length: int) -> None:
+        self._key = key
+        self._masked = BytesIO()
+        self.missing = length
+
+    @classmethod
+    def begin(cls, header: bytes, length: int) -> _LargeFrame | None:
+        """None unless the header is whole and flawless: what is wrong with it, wsproto says."""
+        if len(header) != 14 or not header[1] & MASKED or not 65535 < length < 2**63:
+            return None
+        return cls(header[-4:], length)
+
+    def add(self, chunk: bytes) -> None:
+        self._masked.write(chunk)
+        self.missing -= len(chunk)
+
+    def payload(self) -> bytes:
+        return unmask(self._masked.getvalue(), self._key)

@@ -1,0 +1,121 @@
+"""Frames as bytes: what we send, encoded once for every receiver, and what masks hide.
+
+Base framing and masking: RFC 6455, sections 5.2 and 5.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+
+from ..errors import CloseCode
+
+TEXT = 0x1
+BINARY = 0x2
+CLOSE = 0x8
+PING = 0x9
+PONG = 0xA
+
+FIN = 0x80
+MASKED = 0x80
+
+#: Bytes a close reason may have: a control frame holds 125, two of them are the code (5.5.1).
+CLOSE_REASON_SIZE = 123
+
+_LENGTH_16 = Struct("!BBH").pack
+_LENGTH_64 = Struct("!BBQ").pack
+_SMALL_HEADERS = {
+    opcode: tuple(bytes((FIN | opcode, length)) for length in range(126))
+    for opcode in (TEXT, BINARY, CLOSE, PING, PONG)
+}
+
+
+class KeptFrame(bytes):
+    """A frame that no slow-consumer policy may drop."""
+
+    __slots__ = ()
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """One whole unmasked server frame (5.1: a server must not mask).
+
+    Messages are never fragmented, so the bytes may stand between any two other frames of any
+    connection.
+    """
+    length = len(payload)
+    if length < 126:
+        return _SMALL_HEADERS[opcode][length] + payload
+    if length < 65536:
+        return _LENGTH_16(FIN | opcode, 126, length) + payload
+    return _LENGTH_64(FIN | opcode, 127, length) + payload
+
+
+def encode_close(code: int, reason: str = "") -> bytes:
+    """A close frame; code 1005 stands for one without a body (7.1.5)."""
+    if code == CloseCode.NO_STATUS:
+        return encode_frame(CLOSE, b"")
+    return encode_frame(CLOSE, code.to_bytes(2, "big") + truncated(reason).encode())
+
+
+def truncated(reason: str) -> str:
+    """The reason cut to what a close frame holds, between two characters."""
+    data = reason.encode("utf-8", "replace")
+    return data[:CLOSE_REASON_SIZE].decode("utf-8", "ignore")
+
+
+def check_close(code: int) -> None:
+    """Refuse a close code that must not be sent.
+
+    Raises:
+        ValueError: Not an int, or not one of 1000-1003, 1007-1014 or 3000-4999 (7.4).
+    """
+    allowed = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+    if not (allowed and isinstance(code, int)):
+        raise ValueError(f"close code {code} must not be sent: use 1000-1003, 1007-1014, 3000-4999")
+
+
+def frame_size(data: bytes, start: int) -> tuple[int, int]:
+    """Where the frame at ``start`` has its masking key (or payload), and how long its payload is.
+
+    Returns:
+        ``(offset of the byte behind the length field, payload length)``, or ``(0, 0)`` while the
+        length field is incomplete.
+    """
+    available = len(data) - start
+    if available < 2:
+        return 0, 0
+    length = data[start + 1] & 0x7F
+    if length < 126:
+        return start + 2, length
+    if length == 126:
+        if available < 4:
+            return 0, 0
+        return start + 4, int.from_bytes(data[start + 2 : start + 4], "big")
+    if available < 10:
+        return 0, 0
+    return start + 10, int.from_bytes(data[start + 2 : start + 10], "big")
+
+
+# Below about 1 KiB one big-integer XOR wins, above it four table translations do (measured:
+# 0.4 us for 64 bytes, 18 us for 16 KiB).
+_XOR_LIMIT = 1024
+_XOR_TABLES = [bytes(byte ^ mask for byte in range(256)) for mask in range(256)]
+
+
+def unmask_in_python(payload: bytes, key: bytes) -> bytes:
+    """XOR the payload with the repeated four-byte key (5.3)."""
+    length = len(payload)
+    if length <= _XOR_LIMIT:
+        mask = int.from_bytes((key * ((length + 3) // 4))[:length], "little")
+        return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
+    result = bytearray(length)
+    for i in range(4):
+        result[i::4] = payload[i::4].translate(_XOR_TABLES[key[i]])
+    return bytes(result)
+
+
+unmask: Callable[[bytes, bytes], bytes]
+try:  # the C routine of the `speed` extra: 0.09 us for 64 bytes, 22 us for 1 MiB
+    from websockets.speedups import apply_mask as unmask
+except ImportError:
+    unmask = unmask_in_python

@@ -1,0 +1,479 @@
+"""The HTTP/1.1 request that opens a connection, and the answer to it.
+
+Sans-IO: bytes in, at most one event out, then the bytes of one response; no async, no clock. h11
+reads and writes HTTP; what a WebSocket handshake takes is checked here. May import h11, the
+standard library, and roomsock's errors, limits and http.
+
+HTTP: RFC 9110 and 9112. The opening handshake: RFC 6455, section 4.2. Origins: RFC 6454.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from http import HTTPStatus
+from typing import Literal
+from urllib.parse import unquote_to_bytes
+
+import h11
+
+from roomsock.http import Address, Request
+from roomsock.limits import Limits
+
+_METHODS = (b"GET", b"HEAD", b"POST")
+
+# What a request line holds besides its target, with room to spare: method, blanks, version.
+_LINE_BESIDE_TARGET = 32
+
+# h11 takes some 5 us for each chunk of a body, however small (measured): a megabyte of one-byte
+# chunks would cost a second. Clients send chunks of 4 to 64 KiB.
+_MAX_CHUNKS = 4096
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+# RFC 6455, section 1.3.
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+# What a client of another version is told (RFC 6455, section 4.4); RFC 9110, section 15.5.22,
+# wants Upgrade in every 426.
+_VERSION_HEADERS = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
+
+# 16 bytes in base64 are 22 digits and two pads, always (RFC 6455, section 4.1, item 7).
+_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
+
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+
+# The same end of the headers that h11 finds: both must agree where the body begins.
+_BLANK_LINE = re.compile(rb"\n\r?\n")
+
+# Headers that say where a message ends or what becomes of the connection: ours alone, or an
+# application's slip would let one answer be read as two.
+_FRAMING = re.compile(r"connection|content-length|transfer-encoding", re.IGNORECASE)
+_FRAMING_101 = re.compile(rf"{_FRAMING.pattern}|upgrade|sec-websocket-.*", re.IGNORECASE)
+
+# Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
+_TARGET = re.compile(
+    rb'(?:https?://[!-"$-.0->A-~]+(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?',
+    re.IGNORECASE,
+)
+_BAD_ESCAPE = re.compile(rb"%(?:2f|(?![0-9a-f]{2}))", re.IGNORECASE)
+_BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
+
+_ORIGIN = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?"
+)
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeRequested:
+    """A correct WebSocket handshake: answer with ``accept()``, or ``respond()`` to refuse."""
+
+    request: Request
+    #: What the client offered, in its order of preference.
+    subprotocols: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """A complete plain GET, HEAD or POST: answer it with ``respond()``."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that is not to be served: answer it with ``respond()``, then close.
+
+    Close even if more is to come: where a refused request ends is nothing to rely on.
+    """
+
+    status: int
+    #: One line of ASCII without bytes of the peer, fit for the log and for the body.
+    reason: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """The peer closed before its request was complete: there is nobody to answer."""
+
+
+_Fields = defaultdict[bytes, list[bytes]]
+HandshakeEvent = UpgradeRequested | RequestReceived | Refused | PeerGone
+
+
+class Handshake:
+    """One request and one response, before the connection becomes a WebSocket or closes.
+
+    Whatever the peer sends becomes one event, the same for every way of cutting it into pieces.
+    What is kept of a request is bounded by ``limits``; what comes behind it is not: read no
+    further than you mean to keep.
+
+    Args:
+        limits: The limits of header block, header fields, request target and body.
+        client: ``(host, port)`` of the peer; None on a unix socket.
+        scheme: ``"http"`` or ``"https"``.
+    """
+
+    __slots__ = (
+        "_accept_key", "_body", "_body_room", "_chunks", "_client", "_done", "_h11", "_head",
+        "_limits", "_request", "_scheme", "_subprotocols", "_trailing",
+    )  # fmt: skip
+
+    def __init__(
+        self, limits: Limits, *, client: Address | None = None, scheme: str = "http"
+    ) -> None:
+        self._limits = limits
+        self._client = client
+        self._scheme = scheme
+        # A body may take this much on the wire: chunk sizes, extensions and trailers are headers
+        # of a kind. h11 is fed no more, so its own limit, which depends on how the bytes are cut,
+        # never decides.
+        self._body_room = limits.body + limits.header_block
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._body_room)
+        self._head = bytearray()
+        self._request: Request | None = None
+        self._body = bytearray()
+        self._chunks = 0
+        self._accept_key = ""
+        self._subprotocols: tuple[str, ...] = ()
+        self._trailing = bytearray()
+        self._done = False
+
+    @property
+    def trailing_data(self) -> bytes:
+        """What came behind the request: behind an upgrade, the first WebSocket bytes."""
+        return bytes(self._trailing)
+
+    def receive_data(self, data: bytes) -> HandshakeEvent | None:
+        """Take bytes from the peer.
+
+        Args:
+            data: What was read; ``b""`` when the peer closed.
+
+        Returns:
+            The one event, once; None while the request is incomplete, and always after the
+            event, when everything goes to ``trailing_data``.
+        """
+        if self._done:
+            self._trailing += data
+            return None
+        event: HandshakeEvent | None
+        try:
+            if not data:
+                event = PeerGone()
+            elif self._request is None:
+                event = self._read_head(data)
+            else:
+                event = self._read_body(data)
+        except h11.RemoteProtocolError as error:
+            # Where h11 quotes the peer it does so behind this: never in our log.
+            reason = str(error).partition(": bytearray(")[0]
+            event = Refused(error.error_status_hint, f"malformed request: {reason}")
+        self._done = event is not None
+        return event
+
+    def accept(
+        self, subprotocol: str | None = None, headers: Iterable[tuple[str, str]] = ()
+    ) -> bytes:
+        """Write the 101 that answers ``UpgradeRequested``; WebSocket frames may follow it.
+
+        Args:
+            subprotocol: One of those the client offered, or None for none.
+            headers: ``(name, value)`` pairs added to the answer.
+
+        Raises:
+            ValueError: The subprotocol was not offered, or a header is invalid or not the
+                caller's to set. The request can still be answered.
+        """
+        ours = [
+            ("Upgrade", "websocket"),
+            ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Accept", self._accept_key),
+        ]
+        if subprotocol is not None:
+            # RFC 6455, section 4.1: a client must fail on one it did not ask for.
+            if subprotocol not in self._subprotocols:
+                raise ValueError(
+                    f"subprotocol {subprotocol!r} is not among those the client offered: "
+                    f"{list(self._subprotocols)}"
+                )
+            ours.append(("Sec-WebSocket-Protocol", subprotocol))
+        ours += _foreign_headers(headers, _FRAMING_101)
+        return self._write(h11.InformationalResponse, 101, ours)
+
+    def respond(
+        self, status: int, body: bytes = b"", headers: Iterable[tuple[str, str]] = ()
+    ) -> bytes:
+        """Write a whole HTTP response; close when it is sent.
+
+        It answers any event, whatever state a malformed request left behind.
+
+        Args:
+            status: From 200 to 599.
+            body: What to send; its length alone is sent in answer to HEAD.
+            headers: ``(name, value)`` pairs; without a ``content-type`` a body is text/plain.
+
+        Raises:
+            ValueError: A header is invalid or not the caller's to set, or the status is no final
+                one. The request can still be answered.
+        """
+        theirs = _foreign_headers(headers, _FRAMING)
+        names = {name.lower() for name, _ in theirs}
+        # RFC 9110, section 7.8: Upgrade (a 426 has it) is to be named in Connection.
+        ours = [("Connection", "close, upgrade" if "upgrade" in names else "close")]
+        if status in (204, 304):  # no content, by definition (RFC 9110, section 8.6)
+            body = b""
+        else:
+            ours.append(("Content-Length", str(len(body))))
+        if body and "content-type" not in names:
+            ours.append(("Content-Type", "text/plain; charset=utf-8"))
+        head = self._write(h11.Response, status, ours + theirs)
+        # Not through h11: it does not know the method of a request refused before it was parsed.
+        return head if self._head.startswith(b"HEAD ") else head + body
+
+    def _write(
+        self,
+        kind: type[h11.InformationalResponse | h11.Response],
+        status: int,
+        headers: list[tuple[str, str]],
+    ) -> bytes:
+        try:
+            # Invalid headers are found as the event is made, before the state changes.
+            event = kind(status_code=status, headers=headers, reason=_PHRASES.get(status, ""))
+            return self._h11.send(event)
+        except h11.LocalProtocolError as error:
+            raise ValueError(str(error)) from None
+
+    def _read_head(self, data: bytes) -> HandshakeEvent | None:
+        """Collect request line and headers within the limits, and give them to h11 whole.
+
+        So each limit is found at the same byte however the bytes came, and before any parsing.
+        """
+        limits, head = self._limits, self._head
+        searched = len(head)
+        head += data
+        # TLS on a plain port begins so: refuse it now, not at the deadline.
+        if head[0] <= 0x20:
+            return Refused(400, "malformed request: this is not HTTP")
+        line = limits.request_target + _LINE_BESIDE_TARGET + len(b"\r\n")
+        if line <= min(len(head), limits.header_block) and head.find(b"\n", 0, line) < 0:
+            return self._target_too_long()
+        blank = _BLANK_LINE.search(head, max(0, searched - 2))
+        size = blank.end() if blank else len(head)
+        if size > limits.header_block:
+            return Refused(431, f"headers above Limits.header_block ({limits.header_block} bytes)")
+        if blank is None:
+            return None
+        if head.count(b"\n", 0, size) - 2 > limits.header_fields:
+            return Refused(431, f"headers above Limits.header_fields ({limits.header_fields})")
+        behind = bytes(head[size:])
+        del head[size:]
+        self._h11.receive_data(bytes(head))
+        request = self._h11.next_event()
+        assert isinstance(request, h11.Request)  # a whole head is a request, or it raises
+        return self._take(request, behind)
+
+    def _take(self, request: h11.Request, behind: bytes) -> HandshakeEvent | None:
+        """Decide what a request with complete headers is."""
+        limits = self._limits
+        if request.http_version[:2] != b"1.":
+            return Refused(505, "HTTP/1.0 and HTTP/1.1 only")
+        if len(request.target) > limits.request_target:
+            return self._target_too_long()
+        if request.method not in _METHODS:
+            return Refused(405, "GET, HEAD and POST only", (("Allow", "GET, HEAD, POST"),))
+        path = decode_target(request.target)
+        if path is None:
+            return Refused(400, "malformed request: request target")
+        pairs = list(request.headers)
+        ours = Request(
+            request.method.decode(),
+            request.target.decode(),
+            path,
+            b"\n".join(b"%b:%b" % pair for pair in pairs),
+            client=self._client,
+            scheme=self._scheme,
+        )
+        fields: _Fields = defaultdict(list)
+        for name, value in pairs:
+            fields[name].append(value)
+        if _has_token(fields[b"upgrade"], b"websocket"):
+            self._trailing += behind
+            return self._take_upgrade(request, fields, ours)
+
+        length = int(fields[b"content-length"][0]) if fields[b"content-length"] else 0
+        # RFC 9112, section 6.1: signs of request smuggling.
+        if fields[b"transfer-encoding"] and (
+            fields[b"content-length"] or request.http_version < b"1.1"
+        ):
+            return Refused(400, "malformed request: Transfer-Encoding is out of place")
+        if length > limits.body:
+            return self._body_too_big()
+        # RFC 9110, section 10.1.1: a client that is refused may send the body without asking.
+        if self._h11.they_are_waiting_for_100_continue:
+            return Refused(417, "Expect: 100-continue is not supported")
+        self._request = ours
+        return self._read_body(behind)
+
+    def _take_upgrade(
+        self, request: h11.Request, fields: _Fields, ours: Request
+    ) -> UpgradeRequested | Refused:
+        """Check RFC 6455, section 4.2.1: mature servers answer 101 to half of what fails here."""
+        # Item 1.
+        if request.method != b"GET" or request.http_version < b"1.1":
+            return Refused(400, "malformed handshake: not a GET of HTTP/1.1")
+        # A body would be read as frames by one server and as a body by another.
+        if fields[b"transfer-encoding"] or any(map(int, fields[b"content-length"])):
+            return Refused(400, "malformed handshake: it has a body")
+        # Item 2. h11 lets no second Host pass, but an empty one, and none above HTTP/1.1.
+        if not any(fields[b"host"]):
+            return Refused(400, "malformed handshake: Host")
+        # Item 4; item 3, Upgrade, is how we know that it is a handshake.
+        if not _has_token(fields[b"connection"], b"upgrade"):
+            return Refused(400, "malformed handshake: Connection does not contain upgrade")
+        # Item 6, before the key, so that a client of another version learns that first.
+        if fields[b"sec-websocket-version"] != [b"13"]:
+            return Refused(426, "Sec-WebSocket-Version must be 13", _VERSION_HEADERS)
+        # Item 5.
+        keys = fields[b"sec-websocket-key"]
+        if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+            return Refused(400, "malformed handshake: Sec-WebSocket-Key")
+        # Item 8: tokens, all different (section 4.1, item 10).
+        offered = _tokens(fields[b"sec-websocket-protocol"])
+        if len(set(offered)) < len(offered) or not all(map(_TOKEN.fullmatch, offered)):
+            return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
+        digest = sha1(keys[0] + _GUID, usedforsecurity=False).digest()
+        self._accept_key = b64encode(digest).decode()
+        self._subprotocols = tuple(token.decode() for token in offered)
+        return UpgradeRequested(ours, self._subprotocols)
+
+    def _read_body(self, data: bytes) -> HandshakeEvent | None:
+        assert self._request is not None
+        room = self._body_room
+        if data:  # h11 takes b"" for the end of the stream
+            self._h11.receive_data(data[:room])
+            self._body_room = max(0, room - len(data))
+        while True:
+            event = self._h11.next_event()
+            if isinstance(event, h11.EndOfMessage):
+                self._request.body = bytes(self._body)
+                self._trailing += self._h11.trailing_data[0] + data[room:]
+                return RequestReceived(self._request)
+            if not isinstance(event, h11.Data):
+                return None if self._body_room else self._body_too_big()
+            self._body += event.data
+            self._chunks += event.chunk_end
+            if len(self._body) > self._limits.body:
+                return self._body_too_big()
+            if self._chunks > _MAX_CHUNKS:
+                return Refused(413, f"body in more than {_MAX_CHUNKS} chunks")
+
+    def _body_too_big(self) -> Refused:
+        return Refused(413, f"body above Limits.body ({self._limits.body} bytes)")
+
+    def _target_too_long(self) -> Refused:
+        limit = self._limits.request_target
+        return Refused(414, f"request target above Limits.request_target ({limit} bytes)")
+
+
+def _tokens(values: Iterable[bytes]) -> list[bytes]:
+    """Split a list that may take several lines; empty items do not count (RFC 9110, 5.6.1)."""
+    return [item for value in values for part in value.split(b",") if (item := part.strip(b" \t"))]
+
+
+def _has_token(values: Iterable[bytes], token: bytes) -> bool:
+    return any(item.lower() == token for item in _tokens(values))
+
+
+def _foreign_headers(
+    headers: Iterable[tuple[str, str]], reserved: re.Pattern[str]
+) -> list[tuple[str, str]]:
+    """List the headers of an application.
+
+    Raises:
+        ValueError: One of them is reserved.
+    """
+    pairs = list(headers)
+    for name, _ in pairs:
+        if reserved.fullmatch(name):
+            raise ValueError(f"the header {name!r} is written by roomsock itself")
+    return pairs
+
+
+def decode_target(target: bytes) -> str | None:
+    """Decode the path of a request target; a path is a room's name, so it must have one form.
+
+    Args:
+        target: ``/path?query`` or ``http://host/path?query``.
+
+    Returns:
+        The decoded path without the query; None when it must get a 400: another form of target,
+        or bytes with which several paths would be one room, or one path look like another
+        (encoded slashes, backslashes, control characters, dot segments, bad escapes, no UTF-8).
+    """
+    match = _TARGET.fullmatch(target)
+    if match is None:
+        return None
+    raw = match[1] or match[2] or b"/"
+    if _BAD_ESCAPE.search(raw):
+        return None
+    try:
+        path = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        return None
+    # Dot segments are looked for after decoding: %2e is one as well.
+    if _BAD_CHARACTER.search(path) or not {".", ".."}.isdisjoint(path.split("/")):
+        return None
+    return path
+
+
+def allowed_origin(request: Request, origins: Sequence[str] | Literal["*"] | None) -> str | None:
+    """Say why the page that sent a request may not; against cross-site hijacking (CWE-1385).
+
+    Browsers let any page open a WebSocket to any server, cookies included, and leave it to the
+    server to look at Origin (RFC 6455, section 10.2). What is no browser sends none.
+
+    Args:
+        request: The request.
+        origins: None for the request's own host and port; a list such as
+            ``["https://example.org"]`` for these; ``"*"`` for all.
+
+    Returns:
+        None if it is allowed, otherwise one line of ASCII for the log.
+    """
+    headers = request.headers
+    sent = headers.getall("origin")
+    if origins == "*" or not sent:
+        return None
+    if len(sent) > 1:
+        return f"{len(sent)} Origin headers, where a browser sends one"
+    origin, host = sent[0], headers.get("host", "")
+    # The Host has no scheme, and behind a proxy that ends TLS ours says nothing: its default port
+    # is that of the Origin's own scheme.
+    listed = [f"{scheme}://{host}" for scheme in _DEFAULT_PORTS] if origins is None else origins
+    parsed = _parse_origin(origin)
+    if parsed is not None and parsed in map(_parse_origin, listed):
+        return None
+    origin, host = origin[:200], host[:200]  # no peer fills the log
+    return (
+        f"Origin {origin!a} is not allowed at Host {host!a}; "
+        f"to accept it: origins={[*(origins or ()), origin]!a}"
+    )
+
+
+def _parse_origin(text: str) -> tuple[str, str, int | None] | None:
+    """Split an origin into scheme, host and port, in lower case, the default port filled in."""
+    text = text.lower()
+    if text == "null":  # an opaque origin (RFC 6454, section 6.2): equal to "null" alone
+        return text, "", None
+    match = _ORIGIN.fullmatch(text)
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    return scheme, host, int(port) if port else _DEFAULT_PORTS.get(scheme)
