@@ -1,0 +1,232 @@
+"""The way in of one connection: reads, feeds the sans-IO `Connection`, keeps what arrived.
+
+The connection's own task reads inline, whenever its handler asks for a message and there is none.
+Only while a handler is busy for long does a second task read ahead, up to a bound: so pings are
+answered and the end is noticed, and nothing is paid for it on every message. Reading has one
+owner at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from .protocol.connection import Connection
+from .protocol.events import Failed, PeerClosed, PeerLost, PongReceived
+from .sender import Sender
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from .server import Server
+
+logger = logging.getLogger("roomsock")
+
+#: A connection's task lets the others have their turn after so many messages, or seconds.
+TURN_MESSAGES = 64
+TURN_SECONDS = 0.005
+
+
+#: The inbox of who never sent anything: an empty deque of its own would cost 0.7 KiB.
+_EMPTY: deque[str | bytes] = deque(maxlen=0)
+
+
+class ReceiverOwner(Protocol):
+    """What a receiver asks of its connection."""
+
+    def check_open(self) -> None:
+        """Raise `ConnectionClosed` once it is decided how the connection ends."""
+
+    def apply_ending(self) -> None:
+        """What the peer did to end the connection takes effect: its messages are handled."""
+
+    def ending_found(self) -> None:
+        """The peer ended the connection while the handler is busy."""
+
+
+class Receiver:
+    """Hands out messages one at a time, and reads when there is none.
+
+    Attributes:
+        inbox: Messages that nobody has asked for yet.
+        ending: What the peer did to end the connection, while what came before is handled.
+        ending_at: When that was noticed.
+        reading: The connection's own task waits for input.
+        latency: Seconds from our newest ping to its pong.
+    """
+
+    __slots__ = (
+        "_conn", "_fed", "_flusher", "_handed_back", "_helping", "_owner", "_reads", "_reads_seen",
+        "_receiving", "_sender", "_server", "_stopped", "_transport", "_turn", "_turn_ends",
+        "ending", "ending_at", "inbox", "latency", "reading",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        owner: ReceiverOwner,
+        server: Server,
+        transport: Transport,
+        conn: Connection,
+        sender: Sender,
+    ) -> None:
+        self._owner = owner
+        self._server = server
+        self._transport = transport
+        self._conn = conn
+        self._sender = sender
+        self._flusher = server.flusher
+        self.inbox = _EMPTY
+        self._fed = 0  # raw bytes since the connection's own task last read
+        self._receiving = False
+        self._stopped = False
+        self._turn = 0
+        self._turn_ends = 0.0
+        self.reading = False
+        self._reads = 0
+        self._reads_seen = 0
+        self._helping = False  # a read-ahead task owns reading
+        self._handed_back: anyio.Event | None = None  # set when that task gives it back
+        self.ending: PeerClosed | Failed | PeerLost | None = None
+        self.ending_at = 0.0
+        self.latency: float | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody waits for input; if not, the peer's silence proves nothing."""
+        return self.reading or self._helping
+
+    # For the handlers: hot, once for every message
+
+    def take(self) -> str | bytes | None:
+        """The next message that has arrived; None also when it is the others' turn."""
+        inbox = self.inbox
+        if not inbox:
+            return None
+        self._turn += 1
+        if self._turn >= TURN_MESSAGES or monotonic() > self._turn_ends:
+            return None
+        message = inbox.popleft()
+        self._flusher.backlog = bool(inbox)
+        return message
+
+    async def receive(self) -> str | bytes:
+        """The next message; raises `ConnectionClosed` behind the last."""
+        if self._receiving:
+            raise RuntimeError("another task is receiving on this connection")
+        self._receiving = True
+        try:
+            while True:
+                if self.inbox:
+                    self._turn += 1
+                    if self._turn < TURN_MESSAGES and monotonic() <= self._turn_ends:
+                        message = self.inbox.popleft()
+                        self._flusher.backlog = bool(self.inbox)
+                        return message
+                    await checkpoint()
+                    self._begin_turn()
+                elif self._stopped:
+                    self._owner.check_open()
+                elif self.ending is not None:
+                    self._owner.apply_ending()
+                else:
+                    await self.read()
+        finally:
+            self._receiving = False
+
+    def _begin_turn(self) -> None:
+        self._turn = 0
+        self._turn_ends = monotonic() + TURN_SECONDS
+
+    # Reading
+
+    async def read(self) -> None:
+        """Wait for input and feed it; returns without any when something else happened."""
+        if self._helping:
+            await self.take_over()
+            return
+        self._fed = 0
+        self._reads += 1
+        self.reading = True
+        try:
+            data = await self._transport.receive()
+        finally:
+            self.reading = False
+        if data is not None:
+            self._begin_turn()
+            self.feed(data)
+
+    async def take_over(self) -> None:
+        """Have the task that reads ahead, if there is one, give reading back."""
+        if self._helping:
+            if self._handed_back is None:
+                self._handed_back = anyio.Event()
+            self._transport.wake()
+            await self._handed_back.wait()
+
+    def stop(self, *, discard: bool) -> None:
+        """It is decided how the connection ends: whoever waits for input is woken, what still
+        comes is no message any more, and what is in the inbox may be discarded."""
+        self._stopped = True
+        if discard:
+            self.inbox.clear()
+        if self.is_read:
+            self._transport.wake()
+
+    def help_if_busy(self) -> None:
+        """Have a task read ahead if the handler was busy for a whole round of housekeeping."""
+        if self._reads != self._reads_seen:
+            self._reads_seen = self._reads
+        elif self._helping:
+            pass
+        elif self._fed < self._server.app.limits.read_ahead:
+            self._helping = True
+            self._server.spawn(self._read_ahead)
+        elif self._transport.is_broken():  # or a client that is gone would stay for ever
+            self.ending = PeerLost()
+            self.ending_at = self._server.clock.now()
+
+    async def _read_ahead(self) -> None:
+        limit = self._server.app.limits.read_ahead
+        try:
+            while (
+                self._handed_back is None
+                and self.ending is None
+                and self._fed < limit
+                and not self._stopped
+            ):
+                data = await self._transport.receive()
+                if data is not None:
+                    self.feed(data)
+        except OSError as error:
+            logger.debug("reading ahead failed: %s", error)
+        finally:
+            self._helping = False
+            if self._handed_back is not None:
+                self._handed_back.set()
+                self._handed_back = None
+
+    def feed(self, data: bytes) -> None:
+        """Parse input: what is due is sent, messages go to the inbox, the end is noted."""
+        self._fed += len(data)
+        events = self._conn.receive_data(data, self._server.now)
+        for frame in self._conn.data_to_send():
+            self._sender.queue_urgent(frame)
+        if self._stopped:
+            return
+        for event in events:
+            if isinstance(event, (str, bytes)):
+                if self.inbox is _EMPTY:
+                    self.inbox = deque()
+                self.inbox.append(event)
+            elif isinstance(event, PongReceived):
+                self.latency = self._server.clock.now() - event.sent_at
+            else:
+                self.ending = event
+                # Not `server.now`, which may be old: replies would not get the time that is theirs.
+                self.ending_at = self._server.clock.now()
+                if self._helping and self._handed_back is None:
+                    self._owner.ending_found()
