@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .errors import CloseCode, ConnectionClosed, InvalidMessage, Reject
 from .http import Request, Response
-from .messages import JsonDecoder
+from .messages import JsonDecoder, encode_json
 from .rooms import Queued, Registry
 from .routing import Router
 from .signatures import Handler, Role
@@ -97,7 +97,8 @@ class Dispatcher:
         if handler is None:
             return self._refuse_method(endpoint)
         try:
-            return Response.of(await endpoint.call(handler, params, request))
+            result = await endpoint.call(handler, params, request)
+            return Response.of(result, encode_json)
         except Exception as error:
             return _refusal(error, handler.location, request.path)
 

@@ -2242,6 +2242,16 @@ async def test_a_post_handler_gets_the_body() -> None:
         assert (status, body) == (200, b"cba")
 
 
+async def test_an_http_handler_may_say_how_many_it_sent_to() -> None:
+    app = App()
+    app.add_on_message("/r", lambda ws, text: None)
+    app.add_post("/notify", lambda request: {"delivered": app.room("/r").send_text("news")})
+    async with served(app) as server, connected(server, "/r") as client:
+        status, _, body = await http(server, request("POST /notify", "Content-Length: 0"))
+        assert (status, body) == (200, b'{"delivered":1}')
+        assert await client.receive() == "news"
+
+
 async def test_a_method_that_is_not_declared_gets_405_with_those_that_are() -> None:
     app = App()
     app.add_get("/get", lambda request: "")
