@@ -121,10 +121,7 @@ class Receiver:
         try:
             while True:
                 if self.inbox:
-                    self._turn += 1
-                    if self._turn < TURN_MESSAGES and monotonic() <= self._turn_ends:
-                        message = self.inbox.popleft()
-                        self._flusher.backlog = bool(self.inbox)
+                    if (message := self.take()) is not None:
                         return message
                     await checkpoint()
                     self._begin_turn()

@@ -21,7 +21,6 @@ CHUNK = 64 * 1024
 #: What is cut out of a partly written frame for one write: the kernel may take much at once.
 HEAD_CHUNK = 256 * 1024
 
-
 #: The frames of who always read: an empty deque for each connection would cost 0.7 KiB.
 _NOTHING: deque[bytes] = deque(maxlen=0)
 
@@ -31,8 +30,9 @@ class Outbox:
 
     The bound is judged against what was already refused when the tick began: a burst of sends
     without an ``await`` between them gives a client no chance to read, so it must not be held
-    against it. What such a burst leaves behind may stay until the client has drained it, and grow
-    by the bound once more: else the next message would close a client that reads.
+    against it. What it leaves behind may stay until the client has drained it; behind a burst above
+    the whole bound it may grow by the bound once more, else the next message would close a client
+    that reads.
 
     Attributes:
         size: Bytes not yet taken by the kernel.
