@@ -87,13 +87,14 @@ class Dispatcher:
     # HTTP
 
     async def respond(self, request: Request) -> Response:
-        """Answer a plain HTTP request (HEAD as GET); what a handler raises becomes a status."""
+        """Answer a plain HTTP request of any method (HEAD as GET); what a handler raises becomes
+        a status."""
         found = self._router.match(request.path)
         if found is None:
             return _plain(404, "no such path")
         endpoint, params = found
-        role = Role.POST if request.method == "POST" else Role.GET
-        handler = endpoint.handlers.get(role)
+        role = _ROLES.get(request.method)
+        handler = endpoint.handlers.get(role) if role is not None else None
         if handler is None:
             return self._refuse_method(endpoint)
         try:
@@ -104,7 +105,7 @@ class Dispatcher:
 
     @staticmethod
     def _refuse_method(endpoint: Endpoint) -> Response:
-        allow = [name for role, name in _METHODS if role in endpoint.handlers]
+        allow = [method for method, role in _ROLES.items() if role in endpoint.handlers]
         if allow:
             return _plain(405, "method not allowed", ("allow", ", ".join(allow)))
         # RFC 9110, section 15.5.22: 426 names the protocol to upgrade to.
@@ -235,7 +236,7 @@ class Dispatcher:
             _log_raised("on_close", endpoint, ws, raised)
 
 
-_METHODS = ((Role.GET, "GET, HEAD"), (Role.POST, "POST"))
+_ROLES = {"GET": Role.GET, "HEAD": Role.GET, "POST": Role.POST}
 _KINDS: dict[type, str] = {str: "text", bytes: "binary"}
 
 

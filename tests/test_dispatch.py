@@ -157,6 +157,9 @@ def test_post_has_a_handler_of_its_own() -> None:
         ({"post": lambda request: ""}, "GET", "POST"),
         ({"post": lambda request: "", "serve": nothing}, "HEAD", "POST"),
         ({"get": lambda request: "", "serve": nothing}, "POST", "GET, HEAD"),
+        ({"get": lambda request: "", "post": lambda request: ""}, "PUT", "GET, HEAD, POST"),
+        ({"get": lambda request: "", "serve": nothing}, "DELETE", "GET, HEAD"),
+        ({"post": lambda request: ""}, "OPTIONS", "POST"),
     ],
 )
 def test_another_method_is_a_405_that_says_which_would_do(
@@ -166,7 +169,7 @@ def test_another_method_is_a_405_that_says_which_would_do(
     assert (response.status, dict(response.headers)) == (405, {"allow": allow})
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
 def test_a_path_that_is_a_websocket_alone_is_a_426(method: str) -> None:
     response = answer(endpoint(serve=nothing), method)
     assert response.status == 426

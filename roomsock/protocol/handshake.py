@@ -24,14 +24,16 @@ import h11
 from roomsock.http import Address, Request
 from roomsock.limits import Limits
 
-_METHODS = (b"GET", b"HEAD", b"POST")
+# The methods that act on a resource (RFC 9110, section 9.3; RFC 5789), allowed there or not.
+_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 
 # What a request line holds besides its target, with room to spare: method, blanks, version.
 _LINE_BESIDE_TARGET = 32
 
-# h11 takes some 5 us for each chunk of a body, however small (measured): a megabyte of one-byte
-# chunks would cost a second. Clients send chunks of 4 to 64 KiB.
+# Each chunk of a body takes some 2 us, however small (measured): a megabyte of one-byte chunks
+# would cost two seconds. Clients send chunks of 4 to 64 KiB.
 _MAX_CHUNKS = 4096
+_CHUNK_HEADER = 1024  # bytes: a size, and extensions, which nobody sends
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -47,6 +49,16 @@ _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 
+# In a header h11 lets pass all of them but NUL and the blanks (RFC 9110, section 5.5), and takes
+# quadratic time to refuse blanks before a bare CR: with these gone all that is left is linear.
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+
+# The lines of a chunked body (RFC 9112, section 7.1), each to be matched in one way only.
+_TEXT = rb"[^\x00-\x08\n-\x1f\x7f]*"
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,20})[ \t]*(?:;%b)?\r\n" % _TEXT)
+_CHUNK_END = re.compile(rb"\r\n")
+_TRAILER = re.compile(rb"(%b:%b)?\r?\n" % (_TOKEN.pattern, _TEXT))
+
 # The same end of the headers that h11 finds: both must agree where the body begins.
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 
@@ -55,9 +67,13 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _FRAMING = re.compile(r"connection|content-length|transfer-encoding", re.IGNORECASE)
 _FRAMING_101 = re.compile(rf"{_FRAMING.pattern}|upgrade|sec-websocket-.*", re.IGNORECASE)
 
+# The value of Host: uri-host and port (RFC 9110, section 7.2; RFC 3986, section 3.2.2).
+_HOST = re.compile(
+    rb"(?:\[[0-9a-f:.]+\]|(?:[a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})+)(?::[0-9]*)?", re.IGNORECASE
+)
 # Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
 _TARGET = re.compile(
-    rb'(?:https?://[!-"$-.0->A-~]+(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?',
+    rb'(?:https?://(%b)(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?' % _HOST.pattern,
     re.IGNORECASE,
 )
 _BAD_ESCAPE = re.compile(rb"%(?:2f|(?![0-9a-f]{2}))", re.IGNORECASE)
@@ -80,7 +96,7 @@ class UpgradeRequested:
 
 @dataclass(frozen=True, slots=True)
 class RequestReceived:
-    """A complete plain GET, HEAD or POST: answer it with ``respond()``."""
+    """A complete plain request, its method a known one: answer it with ``respond()``."""
 
     request: Request
 
@@ -121,25 +137,31 @@ class Handshake:
     """
 
     __slots__ = (
-        "_accept_key", "_body", "_body_room", "_chunks", "_client", "_done", "_h11", "_head",
-        "_limits", "_request", "_scheme", "_subprotocols", "_trailing",
+        "_accept_key", "_body", "_client", "_done", "_h11", "_head", "_left",
+        "_limits", "_line", "_lines", "_request", "_room", "_scheme", "_subprotocols", "_syntax",
+        "_trailing",
     )  # fmt: skip
 
     def __init__(
-        self, limits: Limits, *, client: Address | None = None, scheme: str = "http"
+        self,
+        limits: Limits,
+        *,
+        client: Address | None = None,
+        scheme: str = "http",
     ) -> None:
         self._limits = limits
         self._client = client
         self._scheme = scheme
-        # A body may take this much on the wire: chunk sizes, extensions and trailers are headers
-        # of a kind. h11 is fed no more, so its own limit, which depends on how the bytes are cut,
-        # never decides.
-        self._body_room = limits.body + limits.header_block
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._body_room)
+        self._h11 = h11.Connection(h11.SERVER)
         self._head = bytearray()
         self._request: Request | None = None
         self._body = bytearray()
-        self._chunks = 0
+        self._left = 0  # bytes of the body, or of the chunk, that are to come
+        # In a chunked body: the line that comes next, its bytes so far, and how many it may have.
+        self._syntax: re.Pattern[bytes] | None = None
+        self._line = bytearray()
+        self._room = _CHUNK_HEADER
+        self._lines = 0  # chunks, then trailers
         self._accept_key = ""
         self._subprotocols: tuple[str, ...] = ()
         self._trailing = bytearray()
@@ -258,6 +280,10 @@ class Handshake:
         limits, head = self._limits, self._head
         searched = len(head)
         head += data
+        if head == b"\r" or head == b"\r\n":
+            return None
+        if head.startswith(b"\r\n"):  # one empty line is ignored (RFC 9112, section 2.2)
+            del head[:2]
         # TLS on a plain port begins so: refuse it now, not at the deadline.
         if head[0] <= 0x20:
             return Refused(400, "malformed request: this is not HTTP")
@@ -274,6 +300,8 @@ class Handshake:
             return Refused(431, f"headers above Limits.header_fields ({limits.header_fields})")
         behind = bytes(head[size:])
         del head[size:]
+        if _CONTROL.search(head):
+            return Refused(400, "malformed request: control character")
         self._h11.receive_data(bytes(head))
         request = self._h11.next_event()
         assert isinstance(request, h11.Request)  # a whole head is a request, or it raises
@@ -286,12 +314,21 @@ class Handshake:
             return Refused(505, "HTTP/1.0 and HTTP/1.1 only")
         if len(request.target) > limits.request_target:
             return self._target_too_long()
-        if request.method not in _METHODS:
-            return Refused(405, "GET, HEAD and POST only", (("Allow", "GET, HEAD, POST"),))
+        if request.method not in _METHODS:  # RFC 9110, section 9.1
+            return Refused(501, "unknown method")
         path = decode_target(request.target)
         if path is None:
             return Refused(400, "malformed request: request target")
         pairs = list(request.headers)
+        fields: _Fields = defaultdict(list)
+        for name, value in pairs:
+            fields[name].append(value)
+        # RFC 9112, section 3.2: it may be empty. h11 lets no second pass, and no HTTP/1.1 without.
+        if any(host and not _HOST.fullmatch(host) for host in fields[b"host"]):
+            return Refused(400, "malformed request: Host")
+        if not request.target.startswith(b"/"):  # section 3.2.2: what Host says is ignored
+            authority = request.target.split(b"/", 3)[2].partition(b"?")[0]
+            pairs = [(name, authority if name == b"host" else value) for name, value in pairs]
         ours = Request(
             request.method.decode(),
             request.target.decode(),
@@ -300,10 +337,7 @@ class Handshake:
             client=self._client,
             scheme=self._scheme,
         )
-        fields: _Fields = defaultdict(list)
-        for name, value in pairs:
-            fields[name].append(value)
-        if _has_token(fields[b"upgrade"], b"websocket"):
+        if b"websocket" in map(bytes.lower, _tokens(fields[b"upgrade"])):
             self._trailing += behind
             return self._take_upgrade(request, fields, ours)
 
@@ -319,6 +353,9 @@ class Handshake:
         if self._h11.they_are_waiting_for_100_continue:
             return Refused(417, "Expect: 100-continue is not supported")
         self._request = ours
+        self._left = length
+        if fields[b"transfer-encoding"]:  # chunked: h11 lets no other pass
+            self._syntax = _CHUNK
         return self._read_body(behind)
 
     def _take_upgrade(
@@ -331,12 +368,13 @@ class Handshake:
         # A body would be read as frames by one server and as a body by another.
         if fields[b"transfer-encoding"] or any(map(int, fields[b"content-length"])):
             return Refused(400, "malformed handshake: it has a body")
-        # Item 2. h11 lets no second Host pass, but an empty one, and none above HTTP/1.1.
+        # Item 2: the rest of it is checked for every request.
         if not any(fields[b"host"]):
             return Refused(400, "malformed handshake: Host")
         # Item 4; item 3, Upgrade, is how we know that it is a handshake.
-        if not _has_token(fields[b"connection"], b"upgrade"):
-            return Refused(400, "malformed handshake: Connection does not contain upgrade")
+        options = _tokens(fields[b"connection"])
+        if b"upgrade" not in map(bytes.lower, options) or not all(map(_TOKEN.fullmatch, options)):
+            return Refused(400, "malformed handshake: Connection must list upgrade")
         # Item 6, before the key, so that a client of another version learns that first.
         if fields[b"sec-websocket-version"] != [b"13"]:
             return Refused(426, "Sec-WebSocket-Version must be 13", _VERSION_HEADERS)
@@ -354,25 +392,59 @@ class Handshake:
         return UpgradeRequested(ours, self._subprotocols)
 
     def _read_body(self, data: bytes) -> HandshakeEvent | None:
+        """Count the bytes of a body, or read it in chunks (RFC 9112, section 7.1), each byte once.
+
+        Without h11: its time for blanks in the lines of a chunked body is quadratic.
+        """
         assert self._request is not None
-        room = self._body_room
-        if data:  # h11 takes b"" for the end of the stream
-            self._h11.receive_data(data[:room])
-            self._body_room = max(0, room - len(data))
+        at = 0
         while True:
-            event = self._h11.next_event()
-            if isinstance(event, h11.EndOfMessage):
+            part = data[at : at + self._left]
+            self._body += part
+            self._left -= len(part)
+            at += len(part)
+            if self._left:
+                return None
+            if self._syntax is None:
                 self._request.body = bytes(self._body)
-                self._trailing += self._h11.trailing_data[0] + data[room:]
+                self._trailing += data[at:]
                 return RequestReceived(self._request)
-            if not isinstance(event, h11.Data):
-                return None if self._body_room else self._body_too_big()
-            self._body += event.data
-            self._chunks += event.chunk_end
-            if len(self._body) > self._limits.body:
-                return self._body_too_big()
-            if self._chunks > _MAX_CHUNKS:
-                return Refused(413, f"body in more than {_MAX_CHUNKS} chunks")
+            room = len(b"\r\n") if self._syntax is _CHUNK_END else self._room
+            full = at + room - len(self._line)
+            end = data.find(b"\n", at, full) + 1
+            self._line += data[at : end or full]
+            if not end and len(self._line) < room:
+                return None
+            if refused := self._take_line(self._line, self._syntax):
+                return refused
+            self._line.clear()
+            at = end
+
+    def _take_line(self, line: bytearray, syntax: re.Pattern[bytes]) -> Refused | None:
+        """Judge a line of a chunked body; without a line end it is too long."""
+        limits = self._limits
+        if syntax is _TRAILER:
+            self._room -= len(line)
+            self._lines += 1
+            if self._room == 0 or self._lines - 1 > limits.header_fields:  # one line is empty
+                return Refused(431, "trailers above Limits.header_block or Limits.header_fields")
+        match = syntax.fullmatch(line)
+        if match is None:
+            return Refused(400, "malformed request: chunked body")
+        if syntax is _CHUNK_END:
+            self._syntax = _CHUNK
+        elif syntax is _TRAILER:
+            self._syntax = _TRAILER if match[1] else None
+        elif (size := int(match[1], 16)) > limits.body - len(self._body):
+            return self._body_too_big()
+        elif size == 0:
+            self._syntax, self._room, self._lines = _TRAILER, limits.header_block, 0
+        elif self._lines == _MAX_CHUNKS:
+            return Refused(413, f"body in more than {_MAX_CHUNKS} chunks")
+        else:
+            self._syntax, self._left = _CHUNK_END, size
+            self._lines += 1
+        return None
 
     def _body_too_big(self) -> Refused:
         return Refused(413, f"body above Limits.body ({self._limits.body} bytes)")
@@ -385,10 +457,6 @@ class Handshake:
 def _tokens(values: Iterable[bytes]) -> list[bytes]:
     """Split a list that may take several lines; empty items do not count (RFC 9110, 5.6.1)."""
     return [item for value in values for part in value.split(b",") if (item := part.strip(b" \t"))]
-
-
-def _has_token(values: Iterable[bytes], token: bytes) -> bool:
-    return any(item.lower() == token for item in _tokens(values))
 
 
 def _foreign_headers(
@@ -420,7 +488,7 @@ def decode_target(target: bytes) -> str | None:
     match = _TARGET.fullmatch(target)
     if match is None:
         return None
-    raw = match[1] or match[2] or b"/"
+    raw = match[2] or match[3] or b"/"
     if _BAD_ESCAPE.search(raw):
         return None
     try:
