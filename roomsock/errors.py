@@ -6,11 +6,14 @@ section 7.4.1, and the IANA registry it opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, Union
 
 ClosedBy = Literal["client", "server", "lost"]
+
+#: Headers of an answer, as an application may write them.
+Headers = Union[Mapping[str, str], Iterable[tuple[str, str]]]
 
 
 class CloseCode(IntEnum):
@@ -58,18 +61,18 @@ class Reject(RoomsockError):
     Args:
         status: An HTTP status from 300 to 599.
         body: Text or bytes of the answer.
-        headers: ``(name, value)`` pairs added to the answer.
+        headers: Added to the answer: ``(name, value)`` pairs, or a mapping.
 
     Raises:
         ValueError: The status is outside 300-599.
-        TypeError: The body is neither text nor bytes.
+        TypeError: The body is neither text nor bytes, or the headers are no such pairs.
     """
 
     def __init__(
         self,
         status: int = 403,
         body: str | bytes = "",
-        headers: Iterable[tuple[str, str]] = (),
+        headers: Headers = (),
     ) -> None:
         if not 300 <= status <= 599:
             raise ValueError(f"a rejection has a status from 300 to 599, not {status}")
@@ -78,7 +81,23 @@ class Reject(RoomsockError):
         super().__init__(status, body)
         self.status = status
         self.body = body
-        self.headers = tuple(headers)
+        self.headers = header_pairs(headers)
+
+
+def header_pairs(headers: Headers) -> tuple[tuple[str, str], ...]:
+    """List headers that an application wrote; here, since a mistake is hard to find later.
+
+    Raises:
+        TypeError: They are neither a mapping nor pairs of strings.
+    """
+    pairs = tuple(headers.items() if isinstance(headers, Mapping) else headers)
+    for pair in pairs:
+        match pair:
+            case (str(), str()):
+                pass
+            case _:
+                raise TypeError(f"headers are a mapping or (name, value) pairs of str: {pair!r}")
+    return pairs
 
 
 class ConnectionClosed(RoomsockError):

@@ -15,6 +15,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from .errors import Headers, header_pairs
+
 Address = tuple[str, int]
 
 
@@ -59,8 +61,11 @@ class Request:
         method: ``"GET"``, ``"HEAD"`` or ``"POST"``.
         target: The request target as it was sent.
         path: The decoded path, without the query.
-        client: ``(host, port)`` of the peer; None on a unix socket.
-        scheme: ``"http"`` or ``"https"`` (for WebSockets they mean ws and wss).
+        client: ``(host, port)`` of the client; None on a unix socket. That is who is connected to
+            the server, or who a trusted proxy says it acts for: then the port may be 0, unknown
+            (``trusted_proxies`` of `serve`).
+        scheme: ``"http"`` or ``"https"`` (for WebSockets they mean ws and wss), of the connection
+            or as a trusted proxy says.
         body: The body, of whatever method; empty when there is none.
     """
 
@@ -129,23 +134,24 @@ class Response:
     Attributes:
         body: Bytes, or text that is sent as UTF-8.
         status: The HTTP status, 200 to 599.
-        headers: ``(name, value)`` pairs; ``content-type`` among them replaces the default, which
-            is plain text.
+        headers: ``(name, value)`` pairs, also given as a mapping; ``content-type`` among them
+            replaces the default, which is plain text.
 
     Raises:
         ValueError: The status is outside 200-599.
-        TypeError: The body is neither text nor bytes.
+        TypeError: The body is neither text nor bytes, or the headers are no such pairs.
     """
 
     body: str | bytes = b""
     status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
 
     def __post_init__(self) -> None:
         if not 200 <= self.status <= 599:
             raise ValueError(f"a response has a status from 200 to 599, not {self.status}")
         if not isinstance(self.body, str | bytes):
             raise TypeError(f"a response's body is str or bytes, not {type(self.body).__name__}")
+        object.__setattr__(self, "headers", header_pairs(self.headers))
 
     @cached_property
     def content(self) -> bytes:

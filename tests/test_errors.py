@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from roomsock.errors import (
     RoomsockError,
     SetupError,
     SlowConsumer,
+    header_pairs,
 )
 
 
@@ -61,6 +63,22 @@ def test_close_codes_are_ints_with_the_names_of_the_registry() -> None:
 def test_a_reject_is_a_403_without_a_body_unless_told_otherwise() -> None:
     rejection = Reject()
     assert (rejection.status, rejection.body, rejection.headers) == (403, "", ())
+
+
+def test_headers_are_pairs_or_a_mapping() -> None:
+    assert header_pairs({"a": "1", "b": ""}) == (("a", "1"), ("b", ""))
+    assert header_pairs([("a", "1"), ("a", "2")]) == (("a", "1"), ("a", "2"))
+    assert Reject(302, headers={"location": "/"}).headers == (("location", "/"),)
+
+
+@pytest.mark.parametrize(
+    "headers", ["a: 1", ["a: 1"], {"retry-after": 5}, [(b"a", b"1")], [("a", "1", "2")], [None]]
+)
+def test_other_headers_are_refused_where_they_are_written(headers: Any) -> None:
+    with pytest.raises(TypeError, match="headers are a mapping or "):
+        header_pairs(headers)
+    with pytest.raises(TypeError, match="headers are a mapping or "):
+        Reject(403, headers=headers)
 
 
 def test_a_reject_keeps_its_headers_although_they_may_be_read_only_once() -> None:

@@ -153,6 +153,13 @@ def test_a_response_is_an_empty_200_unless_told_otherwise() -> None:
     assert (response.content, response.status, response.headers) == (b"", 200, ())
 
 
+def test_the_headers_of_a_response_may_be_a_mapping() -> None:
+    assert Response(headers={"a": "b"}) == Response(headers=[("a", "b")])
+    assert Response(headers={"a": "b"}).headers == (("a", "b"),)
+    with pytest.raises(TypeError, match="headers are a mapping or "):
+        Response(headers={"a": 1})  # type: ignore[dict-item]
+
+
 def test_text_is_sent_as_utf_8() -> None:
     assert Response("sch\xf6n").content == "sch\xf6n".encode()
     assert Response(b"\xff").content == b"\xff"
