@@ -40,7 +40,8 @@ class Limits:
     outbox_messages: int = 4096
     #: A handler that awaits a send to its own client waits while more than this is unsent.
     high_water: int = 256 * KIB
-    #: Longest time the kernel may take no byte of a waiting outbox; then the connection is dropped.
+    #: Longest time a waiting outbox may stand still: our kernel takes nothing of it, nor the
+    #: client's machine (on Linux) of what our kernel holds. Then the connection is dropped.
     send_timeout: float = 20.0
 
     #: Request line and headers; above it 431.
@@ -55,14 +56,16 @@ class Limits:
     #: Most connections; above it 503. Unless set: 20,000 or 90 % of the descriptors the process
     #: may open, whichever is less.
     connections: int | None = None
-    #: Most connections from one address; above it 503.
+    #: Most connections from one client's address, of IPv6 from one /64 network, which is what one
+    #: client has; above it 503. Behind a trusted proxy it is the client's that is counted (see
+    #: ``trusted_proxies`` of `serve`), from the end of its request on, and never the proxy's own.
     connections_per_address: int | None = None
     #: Most rooms one connection may be in, its own included.
     rooms_per_connection: int = 32
 
     #: TLS handshake, request, and ``on_connect`` or the HTTP handler, together.
     open_timeout: float = 10.0
-    #: Wait for the client's answer to our close frame.
+    #: Wait for the client's answer to our close frame; behind a failure none is waited for.
     close_timeout: float = 10.0
     #: What a handler gets to finish after its client is gone, and again after its cancellation.
     close_grace: float = 5.0

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,10 +17,12 @@ from types import FrameType
 from typing import Any, Literal
 
 import anyio
+from anyio.lowlevel import current_token
 
 from .app import App
 from .errors import CloseCode, SetupError
-from .server import TLS, Server, Sockets, serving, shown
+from .listening import TLS, Sockets, shown
+from .server import Server, serving
 
 logger = logging.getLogger("roomsock")
 
@@ -39,6 +41,8 @@ def run(
     unix: str | os.PathLike[str] | None = None,
     sock: Sockets | None = None,
     tls: TLS | None = None,
+    trusted_proxies: Iterable[str] = (),
+    forwarded_header: str = "x-forwarded-for",
     backend: Literal["asyncio", "trio"] = "asyncio",
     uvloop: bool | None = None,
     drain_spread: float = 0.0,
@@ -50,7 +54,8 @@ def run(
 
     Args:
         app: What to serve.
-        host, port, unix, sock, tls, drain_spread: As for `serve`.
+        host, port, unix, sock, tls, trusted_proxies, forwarded_header, drain_spread: As for
+            `serve`.
         backend: The event loop: ``"asyncio"`` or ``"trio"`` (to be installed).
         uvloop: Whether asyncio runs on uvloop; None for when it is installed.
 
@@ -58,6 +63,9 @@ def run(
         SetupError: The app or these arguments cannot be served with.
         OSError: An address cannot be listened on, or a file cannot be read.
     """
+    if _in_event_loop():
+        instead = "inside of one use `async with serving(app)`, or `await serve(app)`"
+        raise SetupError(f"run() starts an event loop of its own; {instead}")
     if backend not in ("asyncio", "trio"):
         raise SetupError(f'backend is "asyncio" or "trio", not {backend!r}')
     if backend == "trio" and find_spec("trio") is None:
@@ -71,7 +79,17 @@ def run(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
     scheme = "http" if tls is None else "https"
-    serving_app = serving(app, host, port, unix=unix, sock=sock, tls=tls, drain_spread=drain_spread)
+    serving_app = serving(
+        app,
+        host,
+        port,
+        unix=unix,
+        sock=sock,
+        tls=tls,
+        trusted_proxies=trusted_proxies,
+        forwarded_header=forwarded_header,
+        drain_spread=drain_spread,
+    )
     options: dict[str, Any] = {"use_uvloop": True} if uvloop else {}
     with _Signals() as signals:
         anyio.run(_main, serving_app, scheme, signals, backend=backend, backend_options=options)
@@ -86,6 +104,14 @@ async def _main(
             places = ", ".join(shown(address, f"{scheme}://") for address in server.addresses)
             logger.info("roomsock %s listens on %s (%s)", _version(), places, server.loop.name)
             await server.stopped()
+
+
+def _in_event_loop() -> bool:
+    try:
+        current_token()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _version() -> str:

@@ -12,17 +12,17 @@ import os
 import resource
 import socket
 import ssl
-import stat
 import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import iscoroutinefunction
+from math import inf
 from threading import get_ident
 from time import monotonic
-from typing import Any, Protocol, Union
+from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskStatus
@@ -30,8 +30,13 @@ from anyio.lowlevel import checkpoint
 
 from .app import App
 from .driver import Driver
-from .errors import CloseCode, SetupError
+from .errors import CloseCode
+from .http import Address as Client
+from .http import Request
+from .listening import TLS, Address, Sockets, address_of, close_all, listen, shown, tls_context
 from .protocol.frames import check_close
+from .protocol.handshake import Refused
+from .protocol.proxies import TrustedProxies, counted_as, neighbour
 from .rooms import queued_type
 from .sender import Flusher
 from .transport import SocketTransport, TLSTransport, Transport, running_event_loop
@@ -54,17 +59,11 @@ ACCEPT_BATCH = 64
 OUT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 ACCEPT_PAUSE = 0.1
 
-#: An address that this machine does not have, or of a family that it does not know.
-ABSENT = frozenset((errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT))
-
-BACKLOG = 2048
+#: Saying 503 takes a descriptor, too: above this share of a limit nobody is told any more.
+STILL_TOLD = 1.1
 
 #: Seconds that a connection above a limit has for the request that is answered 503.
 REFUSAL_TIME = 1.0
-
-Address = Union[tuple[str, int], str]
-Sockets = Union[socket.socket, int, Sequence[Union[socket.socket, int]]]
-TLS = Union[ssl.SSLContext, tuple[Union[str, os.PathLike[str]], Union[str, os.PathLike[str]]]]
 
 
 class Clock(Protocol):
@@ -119,9 +118,10 @@ class Server:
         tls: ssl.SSLContext | None,
         clock: Clock,
         drain_spread: float,
+        proxies: TrustedProxies,
     ) -> None:
         self.app = app
-        self.addresses: list[Address] = [_address(listener) for listener in listeners]
+        self.addresses: list[Address] = [address_of(listener) for listener in listeners]
         self.counters = Counters()
         self.clock = clock
         #: The time of the last round of housekeeping: good enough for deadlines, and free.
@@ -135,17 +135,20 @@ class Server:
         self._listeners = list(listeners)
         self._tls = tls
         self.drain_spread = drain_spread
-        self._drivers: dict[Driver, None] = {}
+        self._proxies = proxies
+        #: With what `Limits.connections_per_address` counts each; None while it does not.
+        self._drivers: dict[Driver, str | None] = {}
         self._open = 0
         self._per_address: Counter[str] = Counter()
         self._complained: set[str] = set()
-        self._wanted: list[Callable[[], Awaitable[Any]]] = []
+        self._wanted: deque[Callable[[], Awaitable[Any]]] = deque()
         self._work = anyio.Event()
         self._stop = anyio.Event()
         self._stopped = anyio.Event()
         self._stop_code: int = CloseCode.GOING_AWAY
         self._idle: anyio.Event | None = None
         self._max_connections = app.limits.connections or _default_connections()
+        self._max_per_address: float = app.limits.connections_per_address or inf
 
     def __repr__(self) -> str:
         return f"<roomsock server on {', '.join(map(shown, self.addresses))}>"
@@ -206,11 +209,31 @@ class Server:
     def count_closed(self, driver: Driver) -> None:
         """A connection's socket is closed."""
         self._open -= 1
-        if driver.client is not None:
-            host = driver.client[0]
-            self._per_address[host] -= 1
-            if not self._per_address[host]:
-                del self._per_address[host]
+        address = self._drivers[driver]
+        if address is not None:
+            self._per_address[address] -= 1
+            if not self._per_address[address]:
+                del self._per_address[address]
+
+    def identify(self, driver: Driver, request: Request) -> None:
+        """A request is complete: if a trusted proxy passed it on, learn who sent it, and count
+        that client. Above `Limits.connections_per_address` the driver is to refuse it."""
+        peer = driver.client
+        if not self._proxies.trusts(peer):
+            self._hint_at_proxy(peer, request)
+            return
+        client, scheme = self._proxies.identify(peer, request.headers)
+        driver.client = request.client = client
+        request.scheme = scheme or request.scheme
+        address = self._counted_address(client)
+        if address is None or driver.refusal is not None or driver.is_gone():
+            return
+        there = self._per_address[address]
+        self._count(driver, address)  # also while it is refused: it takes a descriptor
+        if there >= self._max_per_address:
+            driver.refusal = self._one_too_many("connections_per_address")
+        if there >= self._max_per_address * STILL_TOLD + 1:
+            driver.abort()
 
     def forget(self, driver: Driver) -> None:
         """A connection is over: its socket closed, its handlers returned."""
@@ -235,21 +258,16 @@ class Server:
                 await self._stop_in_order()
                 tg.cancel_scope.cancel()
         finally:
-            self._close_listeners()  # when it ends with an error, nobody else did
+            close_all(self._listeners)  # when it ends with an error, nobody else did
             self.app._end_serving()
             self._stopped.set()
-
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            _close_listener(listener)
 
     async def _run_wanted(self) -> None:
         while True:
             await self._work.wait()
             self._work = anyio.Event()
-            wanted, self._wanted = self._wanted, []
-            for function in wanted:
-                self._tasks.start_soon(_isolated, function)
+            while self._wanted:  # no variable may keep who is over until the next comes
+                self._tasks.start_soon(_isolated, self._wanted.popleft())
 
     async def _accept(self, listener: socket.socket) -> None:
         with suppress(anyio.ClosedResourceError):
@@ -266,27 +284,29 @@ class Server:
                         self._complain("accepting pauses: %s", os.strerror(error.errno or 0))
                         await self.clock.sleep_until(self.clock.now() + ACCEPT_PAUSE)
                         break
-                    self._admit(sock, peer)
+                    try:
+                        self._admit(sock, peer)
+                    except Exception:  # a mistake of ours must cost that connection alone
+                        logger.exception("admitting a connection failed")
+                        sock.close()
 
     def _admit(self, sock: socket.socket, peer: Any) -> None:
-        limits = self.app.limits
         self.counters.connections += 1
         client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
-        # How many there are, of how many there may be: in all, and from this address.
-        crowds = [(self._open, self._max_connections)]
-        if client is not None and limits.connections_per_address is not None:
-            crowds.append((self._per_address[client[0]], limits.connections_per_address))
-        over_limit = any(count >= most for count, most in crowds)
-        if over_limit:
-            self.counters.over_limit += 1
-            self._complain("connections above Limits.connections, or connections_per_address")
-            # Saying 503 takes a descriptor, too: beyond a tenth nobody is told any more.
-            if any(count >= most * 1.1 + 1 for count, most in crowds):
-                sock.close()
-                return
+        address = self._counted_address(client)
+        from_there = 0 if address is None else self._per_address[address]
+        limited = [
+            ("connections", self._open, self._max_connections),
+            ("connections_per_address", from_there, self._max_per_address),
+        ]
+        passed = [name for name, count, most in limited if count >= most]
+        refusal = self._one_too_many(passed[0]) if passed else None
+        if any(count >= most * STILL_TOLD + 1 for _, count, most in limited):
+            sock.close()
+            return
         sock.setblocking(False)
         if client is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # the peer is gone
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport: Transport = self.loop.transport(sock)
         if self._tls is not None:
@@ -294,14 +314,37 @@ class Server:
             transport = TLSTransport(transport, self._tls)
         scheme = "http" if self._tls is None else "https"
         driver = Driver(self, transport, client, scheme)
-        driver.over_limit = over_limit
-        if over_limit:
+        if refusal is not None:
+            driver.refusal = refusal
             driver.deadline = min(driver.deadline, self.now + REFUSAL_TIME)
         self._open += 1
-        if client is not None:
-            self._per_address[client[0]] += 1
         self._drivers[driver] = None
+        if address is not None:
+            self._count(driver, address)
         self._tasks.start_soon(_isolated, driver.run)
+
+    def _counted_address(self, client: Client | None) -> str | None:
+        """What `Limits.connections_per_address` counts a client with; None if it is not counted:
+        the limit is off, or it is a proxy, behind which others come."""
+        if client is None or self._max_per_address == inf or self._proxies.trusts(client):
+            return None
+        return counted_as(client[0])
+
+    def _count(self, driver: Driver, address: str) -> None:
+        self._drivers[driver] = address
+        self._per_address[address] += 1
+
+    def _one_too_many(self, limit: str) -> Refused:
+        self.counters.over_limit += 1
+        self._complain(f"connections above Limits.{limit}")
+        return Refused(503, f"too many connections (Limits.{limit})", (("retry-after", "5"),))
+
+    def _hint_at_proxy(self, peer: Client | None, request: Request) -> None:
+        """Behind a proxy that is not trusted all clients look like one. On the same machine who
+        sends X-Forwarded-For is a proxy."""
+        if b"x-forwarded-for:" in request._header_block and (name := neighbour(peer)):
+            text = "X-Forwarded-For from %s is not believed; if a proxy is there: %s"
+            self._complain(text, name, f'trusted_proxies=["{name}"]')
 
     def _complain(self, text: str, *args: Any) -> None:
         """Warn once, not once for every connection of a flood."""
@@ -318,22 +361,27 @@ class Server:
             await self.clock.sleep_until(due)
             self.now = now = self.clock.now()
             self.was_held_up = now - due > HELD_UP
-            for driver in list(self._drivers):
-                try:
-                    if self.was_held_up:
-                        driver.excuse(now - due)
-                    if now >= driver.deadline:
-                        driver.on_deadline(now)
-                    if not driver.reading or driver.recipient.blocked:
-                        driver.check_up(now)
-                except Exception:  # a mistake of ours must not cost the others their deadlines
-                    logger.exception("looking after a connection failed")
-                    driver.abort()
+            self._look_after_all(now - due)
+
+    def _look_after_all(self, late: float) -> None:
+        # No part of `_keep_house`, whose variable would keep who was last until the next comes.
+        now = self.now
+        for driver in list(self._drivers):
+            try:
+                if self.was_held_up:
+                    driver.excuse(late)
+                if now >= driver.deadline:
+                    driver.on_deadline(now)
+                if not driver.reading or driver.recipient.blocked:
+                    driver.check_up(now)
+            except Exception:  # a mistake of ours must not cost the others their deadlines
+                logger.exception("looking after a connection failed")
+                driver.abort()
 
     # Stopping
 
     async def _stop_in_order(self) -> None:
-        self._close_listeners()
+        close_all(self._listeners)
         await checkpoint()  # the tasks of who was accepted just now begin, and can be cancelled
         began = self.now = self.clock.now()
         drivers = list(self._drivers)
@@ -369,6 +417,8 @@ async def serve(
     unix: str | os.PathLike[str] | None = None,
     sock: Sockets | None = None,
     tls: TLS | None = None,
+    trusted_proxies: Iterable[str] = (),
+    forwarded_header: str = "x-forwarded-for",
     drain_spread: float = 0.0,
     clock: Clock | None = None,
     task_status: TaskStatus[Server] = anyio.TASK_STATUS_IGNORED,
@@ -387,22 +437,33 @@ async def serve(
         unix: The path of a unix socket to listen on instead.
         sock: Listening sockets, or their descriptors, to use instead (systemd's is 3).
         tls: An `ssl.SSLContext`, or the files ``(certificate chain, private key)``.
+        trusted_proxies: Addresses and networks of proxies, and ``"unix"`` for who connects to a
+            unix socket, that are believed when they say whom they act for: `Request.client`,
+            `Limits.connections_per_address` and the log then mean that client. Name the proxies
+            alone; whoever else connects from these addresses can choose its own.
+        forwarded_header: The header that these proxies write, ``"x-forwarded-for"`` or
+            ``"forwarded"`` (RFC 7239), to which each must append its client's address, or replace
+            it. The other one is not looked at: a proxy that does not write it passes on what the
+            client put there. For the same reason a proxy that writes X-Forwarded-For has to set
+            X-Forwarded-Proto; that, or ``proto=`` in Forwarded, is `Request.scheme`.
         drain_spread: Seconds over which a stopping server spreads the closing of its clients, so
             that they do not all come back at once. `Limits.shutdown` counts from the last.
         clock: Where time comes from; for tests.
         task_status: For ``tg.start`` and ``nursery.start``.
 
     Raises:
-        SetupError: The app is being served already, or its set-up is incomplete.
+        SetupError: The app is being served already, its set-up is incomplete, or an argument is
+            wrong.
         OSError: An address cannot be listened on, or a file cannot be read.
     """
-    context = _tls_context(tls)
-    listeners = await _listen(host, port, unix, sock)
+    proxies = TrustedProxies(trusted_proxies, forwarded_header)
+    context = tls_context(tls)
+    listeners = await listen(host, port, unix, sock)
     try:
-        server = Server(app, listeners, context, clock or SystemClock(), drain_spread)
+        time = clock or SystemClock()
+        server = Server(app, listeners, context, time, drain_spread, proxies)
     except BaseException:
-        for listener in listeners:
-            _close_listener(listener)
+        close_all(listeners)
         raise
     ready, done = anyio.Event(), anyio.Event()
 
@@ -433,6 +494,8 @@ async def serving(
     unix: str | os.PathLike[str] | None = None,
     sock: Sockets | None = None,
     tls: TLS | None = None,
+    trusted_proxies: Iterable[str] = (),
+    forwarded_header: str = "x-forwarded-for",
     drain_spread: float = 0.0,
     clock: Clock | None = None,
 ) -> AsyncIterator[Server]:
@@ -441,9 +504,19 @@ async def serving(
     Works under trio, anyio and plain asyncio. Arguments and errors are those of `serve`; what the
     body raises comes out as it was raised.
     """
-
-    there = partial(serve, app, host, port, unix=unix, sock=sock, tls=tls)
-    start = partial(there, drain_spread=drain_spread, clock=clock)
+    start = partial(
+        serve,
+        app,
+        host,
+        port,
+        unix=unix,
+        sock=sock,
+        tls=tls,
+        trusted_proxies=trusted_proxies,
+        forwarded_header=forwarded_header,
+        drain_spread=drain_spread,
+        clock=clock,
+    )
     raised: BaseException | None = None
     async with anyio.create_task_group() as tg:
         try:
@@ -474,155 +547,6 @@ async def _isolated(function: Callable[[], Awaitable[Any]]) -> None:
             raise others from None
 
 
-# Sockets
-
-
 def _default_connections() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 20_000 if soft == resource.RLIM_INFINITY else min(20_000, soft * 9 // 10)
-
-
-def _tls_context(tls: TLS | None) -> ssl.SSLContext | None:
-    if isinstance(tls, ssl.SSLContext):
-        try:  # here, and not at the first client
-            tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
-        except ssl.SSLError as error:
-            raise SetupError(f"tls is no context for a server: {error}") from None
-    if tls is None or isinstance(tls, ssl.SSLContext):
-        return tls
-    if isinstance(tls, str):
-        raise SetupError(f"tls is an ssl.SSLContext, or (certificate file, key file), not {tls!r}")
-    certificate, key = tls
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(certificate, key)
-    return context
-
-
-async def _listen(
-    host: str | Sequence[str] | None,
-    port: int,
-    unix: str | os.PathLike[str] | None,
-    sock: Sockets | None,
-) -> list[socket.socket]:
-    if unix is not None and sock is not None:
-        raise SetupError("unix and sock exclude each other")
-    listeners: list[socket.socket] = []
-    try:
-        if sock is not None:
-            given = sock if isinstance(sock, Sequence) else [sock]
-            listeners.extend(socket.socket(fileno=s) if isinstance(s, int) else s for s in given)
-        elif unix is not None:
-            listeners.append(_UnixListener(os.fspath(unix)))
-        else:
-            await _listen_tcp(host, port, listeners)
-        if not listeners:
-            raise SetupError("nothing to listen on: host or sock is empty")
-        for listener in listeners:
-            listener.setblocking(False)
-            listener.listen(BACKLOG)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-async def _listen_tcp(
-    host: str | Sequence[str] | None, port: int, listeners: list[socket.socket]
-) -> None:
-    bound: set[Any] = set()
-    for name in [host] if host is None or isinstance(host, str) else host:
-        absent: OSError | None = None
-        found = await anyio.getaddrinfo(
-            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, _, _, _, address in found:
-            if address in bound:  # two names may mean the same
-                continue
-            # With port 0 all addresses get the port that the system chose for the first.
-            chosen = listeners[0].getsockname()[1] if listeners else port
-            try:
-                listeners.append(_bound(family, (address[0], chosen, *address[2:])))
-                bound.add(address)
-            except OSError as error:
-                if error.errno not in ABSENT:
-                    raise
-                absent = error
-        # "localhost" may have an IPv6 address where the machine (a container) has none.
-        if absent is not None and not any(address in bound for *_, address in found):
-            raise absent
-
-
-def _bound(family: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-class _UnixListener(socket.socket):
-    """A unix socket at a path; its file goes with it, but nobody else's that took its place."""
-
-    def __init__(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                _remove_dead_socket(path)
-        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._path = path
-        self._file: os.stat_result | None = None
-        try:
-            self.bind(path)
-            self._file = os.stat(path)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Remove the file first: a server that starts meanwhile finds us living, or nothing, and
-        has not yet put a file of its own there."""
-        if self._file is not None:
-            with suppress(OSError):
-                if os.path.samestat(os.stat(self._path), self._file):
-                    os.unlink(self._path)
-            self._file = None
-        super().close()
-
-
-def _remove_dead_socket(path: str) -> None:
-    """Remove what a server that was killed left behind; a living server's socket is not ours."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except BlockingIOError:  # its queue is full (connect(2)), so it lives
-            pass
-
-
-def _close_listener(listener: socket.socket) -> None:
-    if listener.fileno() >= 0:
-        anyio.notify_closing(listener)
-        listener.close()
-
-
-def _address(listener: socket.socket) -> Address:
-    name = listener.getsockname()
-    if isinstance(name, bytes):  # an abstract unix socket (unix(7))
-        return os.fsdecode(name)
-    return (name[0], name[1]) if isinstance(name, tuple) else name
-
-
-def shown(address: Address, scheme: str = "") -> str:
-    """An address as people read it; ``scheme`` such as ``"https://"``."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host, port = address
-    return f"{scheme}[{host}]:{port}" if ":" in host else f"{scheme}{host}:{port}"

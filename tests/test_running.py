@@ -464,3 +464,24 @@ def test_an_app_that_is_wrong_is_a_setup_error() -> None:
 
     with pytest.raises(SetupError, match="/nobody"):
         roomsock.run(app, port=0)
+
+
+def test_run_believes_the_proxies_it_is_told_of(program: Callable[..., Program]) -> None:
+    running = program(
+        'trusted_proxies=["127.0.0.1"], forwarded_header="forwarded"',
+        more='app.add_get("/", lambda request: f"it is {request.client}")',
+    )
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nForwarded: for=1.2.3.4\r\n\r\n")
+        assert b"it is ('1.2.3.4', 0)" in read_to_the_end(sock)
+
+
+async def test_run_inside_an_event_loop_says_what_to_use_instead() -> None:
+    with pytest.raises(SetupError, match=r"serving\(app\)"):
+        roomsock.run(App(), port=0)
+
+
+@pytest.mark.parametrize("arguments", [{"trusted_proxies": ["*"]}, {"forwarded_header": "via"}])
+def test_wrong_proxies_are_a_setup_error(arguments: dict[str, Any]) -> None:
+    with pytest.raises(SetupError, match="|".join(arguments)):
+        roomsock.run(App(), port=0, **arguments)

@@ -1,4 +1,4 @@
-"""Listening, TLS, the doors `serve` and `serving`, threads, and descriptors."""
+"""The doors `serve` and `serving`, TLS, threads, proxies, limits and descriptors."""
 
 from __future__ import annotations
 
@@ -299,38 +299,6 @@ async def test_ipv6_clients_have_an_address() -> None:
         assert (status, body) == (200, b"http ::1")
 
 
-async def test_host_none_listens_on_all_interfaces() -> None:
-    async with serving(echo_app(), host=None, port=0) as server:
-        assert {host for host, _ in server.addresses} == {"0.0.0.0", "::"}  # type: ignore[misc]
-        port = server.addresses[0][1]
-        for host in "127.0.0.1", "::1":
-            server.addresses[0] = host, port  # type: ignore[assignment]
-            await echoes(server)
-
-
-async def test_a_host_twice_listens_once() -> None:
-    async with serving(echo_app(), host=["127.0.0.1", "127.0.0.1"], port=0) as server:
-        assert len(server.addresses) == 1
-
-
-async def test_a_name_that_does_not_resolve_is_an_oserror() -> None:
-    with pytest.raises(socket.gaierror):
-        async with serving(echo_app(), host="no-such-host.invalid", port=0):
-            pytest.fail("never entered")
-
-
-async def test_no_host_at_all_is_a_setup_error() -> None:
-    with pytest.raises(SetupError, match="host"):
-        async with serving(echo_app(), host=[], port=0):
-            pytest.fail("never entered")
-
-
-async def test_an_address_that_is_not_this_machines_is_an_oserror() -> None:
-    with pytest.raises(OSError, match="assign"):  # RFC 5737: for documentation, nobody's
-        async with serving(echo_app(), host=["127.0.0.1", "203.0.113.7"], port=0):
-            pytest.fail("never entered")
-
-
 @pytest.fixture
 def taken() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -339,7 +307,7 @@ def taken() -> Iterator[int]:
 
 async def test_a_port_in_use_is_a_plain_oserror(taken: int) -> None:
     before = descriptors()
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match=f"in use: '127.0.0.1:{taken}'"):
         async with serving(echo_app(), port=taken):
             pytest.fail("never entered")
     with pytest.raises(OSError, match="in use"):
@@ -368,54 +336,6 @@ async def test_a_unix_socket_is_made_and_removed(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(path))
-    assert path.exists()
-    async with serving(echo_app(), unix=str(path)) as server:
-        await echoes(server)
-
-
-@pytest.mark.parametrize("backlog", [5, 0])
-async def test_a_living_unix_socket_is_refused(tmp_path: Path, backlog: int) -> None:
-    path = tmp_path / "socket"
-    with socket.socket(socket.AF_UNIX) as living, socket.socket(socket.AF_UNIX) as waiting:
-        living.bind(str(path))
-        living.listen(backlog)
-        # Where the queue holds one, this fills it: a blocking probe would wait for ever.
-        waiting.connect(str(path))
-        with pytest.raises(OSError, match="in use"):
-            async with serving(echo_app(), unix=path):
-                pytest.fail("never entered")
-    assert path.exists()
-
-
-async def test_a_file_in_the_way_of_a_unix_socket_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    path.write_text("precious")
-    with pytest.raises(OSError, match="in use"):
-        async with serving(echo_app(), unix=path):
-            pytest.fail("never entered")
-    assert path.read_text() == "precious"
-
-
-async def test_a_unix_socket_that_took_its_place_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    async with serving(echo_app(), unix=path):
-        path.unlink()
-        successor = socket.socket(socket.AF_UNIX)
-        successor.bind(str(path))
-    assert path.exists()
-    successor.close()
-
-
-async def test_a_unix_socket_that_somebody_removed_is_no_trouble(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    async with serving(echo_app(), unix=path):
-        path.unlink()
-
-
 async def test_an_inherited_socket_and_a_descriptor() -> None:
     one, two = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
     expected = [one.getsockname(), two.getsockname()]
@@ -425,54 +345,6 @@ async def test_an_inherited_socket_and_a_descriptor() -> None:
         server.addresses.reverse()
         await echoes(server)
     assert one.fileno() == -1
-
-
-async def test_one_inherited_descriptor() -> None:
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))  # neither listening nor non-blocking, as systemd may pass it
-    async with serving(echo_app(), sock=listener.detach()) as server:
-        await echoes(server)
-
-
-async def test_an_inherited_unix_socket_keeps_its_path(tmp_path: Path) -> None:
-    """It is its maker's: systemd listens on it again after us."""
-    path = tmp_path / "socket"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    async with serving(echo_app(), sock=listener) as server:
-        await echoes(server)
-    assert path.exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="abstract names exist on Linux")
-async def test_an_inherited_abstract_socket_has_a_name() -> None:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind("")
-    name = listener.getsockname().decode()
-    async with serving(echo_app(), sock=listener) as server:
-        assert server.addresses == [name]
-        assert repr(server) == f"<roomsock server on unix:{name}>"
-        await echoes(server)
-
-
-async def test_a_descriptor_that_is_no_socket_is_an_oserror_and_leaks_nothing() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    read_end, write_end = os.pipe()
-    os.close(write_end)
-    with pytest.raises(OSError, match="socket"):
-        async with serving(echo_app(), sock=[listener, read_end]):
-            pytest.fail("never entered")
-    os.close(read_end)
-    assert listener.fileno() == -1
-
-
-async def test_unix_and_sock_exclude_each_other(tmp_path: Path) -> None:
-    with (
-        socket.socket() as sock,
-        pytest.raises(SetupError, match="exclude"),
-    ):
-        async with serving(echo_app(), unix=tmp_path / "socket", sock=sock):
-            pytest.fail("never entered")
 
 
 # TLS
@@ -492,18 +364,6 @@ async def test_tls_with_files(
     certificate.private_key_pem.write_to_path(key)
     async with serving(echo_app(), port=0, tls=(chain, str(key))) as server:
         await echoes(server, tls=client_tls)
-
-
-async def test_tls_files_that_are_missing_are_an_oserror(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        async with serving(echo_app(), port=0, tls=(tmp_path / "chain", tmp_path / "key")):
-            pytest.fail("never entered")
-
-
-async def test_a_context_for_clients_is_refused_at_once() -> None:
-    with pytest.raises(SetupError, match="server"):
-        async with serving(echo_app(), port=0, tls=ssl.create_default_context()):
-            pytest.fail("never entered")
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -1158,8 +1018,266 @@ async def test_a_connection_that_died_in_the_queue_is_no_trouble() -> None:
             await until(lambda: not server.connections)
 
 
-async def test_tls_is_no_single_file() -> None:
-    file: Any = "cert.pem"
-    with pytest.raises(SetupError, match="certificate file, key file"):
-        async with serving(App(), port=0, tls=file):
+# Behind proxies. The tests connect as the proxy would; so the peer is on loopback.
+
+FORWARDED = [("x-forwarded-for", "9.9.9.9, 1.2.3.4"), ("forwarded", 'for=9.9.9.9, for="[::2]:7"')]
+
+
+def forwarded_for(address: str) -> list[tuple[str, str]]:
+    return [("X-Forwarded-For", address)]
+
+
+async def asks_for(server: Server, address: str) -> int:
+    """The status of a request that a proxy passes on."""
+    return (await http(server, upgrade_request("/echo", forwarded_for(address))))[0]
+
+
+async def page_says(server: Server, *headers: tuple[str, str]) -> str:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    request = f"GET / HTTP/1.1\r\nHost: testserver\r\n{lines}\r\n".encode("latin-1")
+    status, _, body = await http(server, request)
+    assert status == 200
+    return body.decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"trusted_proxies": ["127.0.0.0/8"]}, "https 1.2.3.4"),
+        ({"trusted_proxies": ["127.0.0.1"], "forwarded_header": "forwarded"}, "http ::2"),
+    ],
+)
+async def test_behind_a_trusted_proxy_the_client_is_whom_the_one_header_names(
+    options: dict[str, Any], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(echo_app(), port=0, **options) as server:
+        assert await page_says(server, *FORWARDED, ("X-Forwarded-Proto", "https")) == expected
+    assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("proxies", [(), ["127.0.0.2"], ["unix", "10.0.0.0/8"]])
+async def test_whom_a_stranger_names_is_ignored_and_a_neighbour_is_told_of_once(
+    proxies: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(echo_app(), port=0, trusted_proxies=proxies) as server:
+        assert await page_says(server) == "http 127.0.0.1"
+        assert complaints(caplog) == []
+        for _ in range(2):
+            said = await page_says(server, *FORWARDED, ("X-Forwarded-Proto", "https"))
+            assert said == "http 127.0.0.1"
+    (complaint,) = complaints(caplog)
+    assert 'trusted_proxies=["127.0.0.1"]' in complaint
+
+
+async def test_behind_a_unix_socket_the_client_is_known_if_it_is_trusted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "socket"
+    async with serving(echo_app(), unix=path, trusted_proxies=["unix"]) as server:
+        assert await page_says(server, *FORWARDED) == "http 1.2.3.4"
+        assert await page_says(server) == "http None"
+    assert complaints(caplog) == []
+    async with serving(echo_app(), unix=path) as server:
+        assert await page_says(server, *FORWARDED) == "http None"
+    (complaint,) = complaints(caplog)
+    assert 'trusted_proxies=["unix"]' in complaint
+
+
+async def test_a_proxy_in_front_of_tls_says_what_the_client_uses(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    app = App()
+    schemes: list[str] = []
+    app.add_on_connect("/r", lambda ws: schemes.append(ws.request.scheme))
+    app.add_on_message("/r", lambda ws, text: None)
+    async with serving(app, port=0, tls=server_tls, trusted_proxies=["127.0.0.1"]) as server:
+        for headers in [], [("X-Forwarded-Proto", "http")], [("X-Forwarded-Proto", "gopher")]:
+            async with connected(server, "/r", headers, tls=client_tls):
+                pass
+    assert schemes == ["https", "http", "https"]
+
+
+@pytest.mark.parametrize("peer", ["tcp", "unix"])
+async def test_connections_of_one_client_behind_a_proxy_are_limited(
+    peer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = echo_app(Limits(connections_per_address=2))
+    asked: list[Any] = []
+    app.add_on_connect("/echo", lambda ws: asked.append(ws.request.client))
+    where: dict[str, Any] = {"port": 0} if peer == "tcp" else {"unix": tmp_path / "socket"}
+    async with serving(app, **where, trusted_proxies=["127.0.0.1", "unix"]) as server:
+        one, mapped = forwarded_for("1.2.3.4"), forwarded_for("::ffff:1.2.3.4")
+        async with connected(server, "/echo", one):
+            async with connected(server, "/echo", mapped) as client:
+                assert await asks_for(server, "1.2.3.4") == 503
+                assert await asks_for(server, "9.9.9.9, ::ffff:1.2.3.4") == 503
+                async with connected(server, "/echo", forwarded_for("1.2.3.5")):
+                    assert await page_says(server, *forwarded_for("1.2.3.5")) == "http 1.2.3.5"
+                await client.send("still here")
+                assert await client.receive() == "still here"
+            await until(lambda: server.connections == 1)
+            async with connected(server, "/echo", one):
+                assert await asks_for(server, "1.2.3.4") == 503
+        await until(lambda: not server.connections)
+        assert server._per_address == {}
+        assert server.counters.over_limit == 3
+    assert asked == [("1.2.3.4", 0)] * 2 + [("1.2.3.5", 0), ("1.2.3.4", 0)]
+    assert len(complaints(caplog)) == 1
+
+
+async def test_an_ipv6_client_counts_with_its_network() -> None:
+    app = echo_app(Limits(connections_per_address=1))
+    async with (
+        serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server,
+        connected(server, "/echo", forwarded_for("2001:db8::1")),
+    ):
+        assert await asks_for(server, "2001:db8::ffff:0:0:1") == 503
+        async with connected(server, "/echo", forwarded_for("2001:db8:0:1::1")):
+            pass
+
+
+async def test_a_trusted_proxy_itself_is_not_limited() -> None:
+    app = echo_app(Limits(connections_per_address=1))
+    async with (
+        serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server,
+        connected(server, "/echo"),
+        connected(server, "/echo"),
+    ):
+        for address in "", "unknown", "127.0.0.1":
+            async with connected(server, "/echo", forwarded_for(address)):
+                assert await page_says(server, *forwarded_for(address)) == "http 127.0.0.1"
+    assert server.counters.over_limit == 0
+
+
+async def test_who_is_no_proxy_is_limited_by_its_own_address_whatever_it_says() -> None:
+    app = echo_app(Limits(connections_per_address=1))
+    async with serving(app, port=0, trusted_proxies=["127.0.0.2"]) as server:
+        async with connected(server, "/echo", forwarded_for("1.2.3.4")):
+            assert await asks_for(server, "1.2.3.5") == 503
+        await until(lambda: not server.connections)
+        assert await page_says(server, *forwarded_for("1.2.3.4")) == "http 127.0.0.1"
+
+
+async def test_who_is_refused_behind_a_proxy_counts_while_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or one address could take all descriptors: beyond a tenth above the limit nobody is told."""
+    app = echo_app(Limits(connections_per_address=1))
+    async with (
+        serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server,
+        connected(server, "/echo", forwarded_for("1.2.3.4")),
+        await open_stream(server) as told,
+        await open_stream(server) as also_told,
+        await open_stream(server) as dropped,
+    ):
+        request = upgrade_request("/echo", forwarded_for("1.2.3.4"))
+        for number, stream in enumerate((told, also_told), 2):
+            await stream.send(request)
+            assert (await stream.receive()).startswith(b"HTTP/1.1 503 ")
+            assert server._per_address == {"1.2.3.4": number}
+        await dropped.send(request)
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await dropped.receive()
+        assert await page_says(server, *forwarded_for("1.2.3.5")) == "http 1.2.3.5"
+    assert server._per_address == {}
+
+
+async def test_a_mistake_in_admitting_a_connection_costs_it_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(echo_app(), port=0) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(server.loop, "transport", lambda sock: 1 / 0)
+            async with await open_stream(server) as stream:
+                with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                    await stream.receive()
+        async with connected(server, "/echo") as client:
+            await client.send("still here")
+            assert await client.receive() == "still here"
+        [record] = caplog.records
+        assert record.getMessage() == "admitting a connection failed"
+
+
+async def test_a_connection_above_two_limits_is_counted_once() -> None:
+    app = echo_app(Limits(connections=2, connections_per_address=1))
+    async with serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server:
+        headers = forwarded_for("1.2.3.4")
+        async with connected(server, "/echo", headers), await open_stream(server):
+            await until(lambda: server.connections == 2)
+            assert await asks_for(server, "1.2.3.4") == 503
+    assert server.counters.over_limit == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_behind_a_proxy_is_counted_until_its_connection_ends(
+    way: Callable[[Server], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = upgrade_request
+
+    def request(path: str = "/", headers: Any = ()) -> bytes:
+        return direct(path, [*headers, *forwarded_for("1.2.3.4")])
+
+    # What the ways send comes through a proxy.
+    for module in Client.__module__, __name__:
+        monkeypatch.setattr(f"{module}.upgrade_request", request)
+    app = echo_app(Limits(connections_per_address=1))
+    app.add_on_message("/refused", lambda ws, text: None)
+    app.add_serve("/bye", lambda ws: ws.close())
+
+    @app.on_connect("/refused")
+    def refuse(ws: WebSocket) -> None:
+        raise roomsock.Reject(403)
+
+    async with serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server:
+        for _ in range(2):
+            await way(server)
+            await until(lambda: not server.connections)
+            assert server._per_address == {}
+            async with connected(server, "/echo"):
+                assert server._per_address == {"1.2.3.4": 1}
+            await until(lambda: not server.connections)
+    assert server._per_address == {}
+
+
+async def test_who_is_gone_before_it_is_known_is_not_counted() -> None:
+    app = echo_app(Limits(connections_per_address=1))
+    async with serving(app, port=0, trusted_proxies=["127.0.0.1"]) as server:
+        async with await open_stream(server):
+            await until(lambda: server._drivers)
+            (driver,) = server._drivers
+            driver.abort()
+            server.identify(driver, roomsock.Request("GET", "/", "/", b"x-forwarded-for:1.2.3.4"))
+            assert server._per_address == {}
+        await until(lambda: not server._drivers)
+        assert server.connections == 0
+
+
+async def test_the_log_names_the_client_and_nothing_that_it_wrote(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "roomsock")
+    async with serving(echo_app(), port=0, trusted_proxies=["127.0.0.1"]) as server:
+        for address in "evil, 2001:DB8::1", "[fe80::1%evil]:7", "evil.2.3.4", "1.2.3.4:5evil":
+            async with connected(server, "/echo", forwarded_for(address)) as client:
+                await client.close()
+                await client.ended()
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "2001:db8::1:0 '/echo' accepted" in text
+    assert "fe80::1:7 '/echo' accepted" in text
+    assert "evil" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"trusted_proxies": ["*"]}, r"trusted_proxies: '\*' would let any client choose"),
+        ({"trusted_proxies": ["nginx"]}, "trusted_proxies: 'nginx' does not appear"),
+        ({"forwarded_header": "x-real-ip"}, "forwarded_header is"),
+    ],
+)
+async def test_wrong_proxies_are_a_setup_error_before_anything_listens(
+    options: dict[str, Any], text: str, taken: int
+) -> None:
+    with pytest.raises(SetupError, match=text):
+        async with serving(App(), port=taken, **options):
             pass
