@@ -15,6 +15,7 @@ from .errors import (
 )
 from .http import Request, Response
 from .limits import Limits
+from .protocol.deflate import Compression
 from .rooms import Room
 from .running import run
 from .server import serve, serving
@@ -23,6 +24,7 @@ from .websocket import WebSocket
 __all__ = [
     "App",
     "CloseCode",
+    "Compression",
     "ConnectionClosed",
     "ConnectionClosedError",
     "ConnectionClosedOK",

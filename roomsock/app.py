@@ -16,6 +16,7 @@ from .dispatch import MODES, Dispatcher, Endpoint, InvalidPolicy
 from .errors import SetupError
 from .limits import Limits
 from .messages import JsonDecoder, message_type_of, takes, type_name
+from .protocol.deflate import Compression
 from .protocol.outbox import SlowConsumers
 from .rooms import Everyone, Queued, Registry, Room
 from .routing import Pattern, Router
@@ -80,6 +81,9 @@ class App:
             and closed when nothing arrives within the timeout. None sends no pings.
         slow_consumers: What happens when a room message would pass a member's outbox limit:
             ``"close"`` it with 1013, ``"drop_newest"`` or ``"drop_oldest"`` room messages.
+        compression: True, or a `Compression`, to compress messages for clients that offer
+            permessage-deflate, as browsers do. A message to a room is compressed once for each
+            window size its members ask for.
 
     Raises:
         SetupError: A setting that means nothing.
@@ -92,6 +96,7 @@ class App:
         origins: Sequence[str] | Literal["*"] | None = None,
         keepalive: tuple[float, float] | None = (20.0, 20.0),
         slow_consumers: SlowConsumers = "close",
+        compression: bool | Compression = False,
     ) -> None:
         if isinstance(origins, str) and origins != "*":
             raise SetupError(f'origins is a list, "*" or None: origins=[{origins!r}]')
@@ -107,11 +112,20 @@ class App:
             raise SetupError("keepalive is (interval, timeout) in seconds, or None")
         if not isinstance(limits, (Limits, type(None))):
             raise SetupError(f"limits is roomsock.Limits(...), not {limits!r}")
+        if not isinstance(compression, (Compression, bool)):
+            raise SetupError(f"compression is a bool or roomsock.Compression(...): {compression!r}")
+        settings = Compression() if compression is True else compression or None
+        if settings is not None and settings.context_takeover and slow_consumers != "close":
+            # What is compressed next would refer to what was dropped.
+            raise SetupError("context takeover and dropping messages exclude each other")
         self.limits = limits or Limits()
         self.origins = origins
         self.keepalive = keepalive
         self.slow_consumers: SlowConsumers = slow_consumers
+        self.compression = settings
         self._registry = Registry()
+        if settings is not None:
+            self._registry.compress_from = settings.threshold
         self._registrations: list[_Registration] = []
         self._setup_over: str | None = None
 
@@ -262,8 +276,8 @@ class App:
     def include(self, other: App, *, prefix: str = "") -> None:
         """Take over everything registered on another app, below a prefix.
 
-        The other app is set up by then, and its rooms are this app's from now on; its limits and
-        settings do not count.
+        The other app is set up by then, and its rooms are this app's from now on; limits, origins,
+        compression and the like are those of this app.
 
         Raises:
             SetupError: The prefix is no path, the other app was included before, or something of

@@ -26,10 +26,13 @@ from .errors import (
     MessageTooBig,
     Reject,
     SlowConsumer,
+    header_pairs,
 )
 from .http import Address, Request, Response
 from .protocol.connection import Connection
+from .protocol.deflate import Deflater
 from .protocol.events import Failed, PeerClosed
+from .protocol.frames import encode_frame
 from .protocol.handshake import (
     Handshake,
     PeerGone,
@@ -49,14 +52,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("roomsock")
 access = logging.getLogger("roomsock.access")
 
-#: A close that came in while a handler is busy is answered after so many seconds; until then it
-#: waits for the replies to what came before it.
+#: A close or a violation that came in while a handler is busy is answered after so many seconds;
+#: until then it waits for the replies to what came before it.
 ANSWER_AFTER = 0.25
+
+#: What was not looked at for so many seconds is looked at anew.
+UNWATCHED = 1.0
 
 #: Close codes by which a client says that all is well. 1005 is what a browser's ``close()`` sends.
 CLEAN_CODES = (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NO_STATUS)
 
-NOT_IN_TIME = "not answered in time\n"
+NOT_IN_TIME = "not answered in time (Limits.open_timeout)\n"
+TOOK_TOO_LONG = "%s of %s took too long (Limits.on_close): cancelled"
 
 
 class Phase(IntEnum):
@@ -76,11 +83,11 @@ class Driver:
     """Drives one connection; is the `Link` of its `WebSocket`."""
 
     __slots__ = (
-        "_cancelled", "_close_started", "_conn", "_drop_at", "_early", "_end", "_endpoint",
-        "_finishing", "_grace_ends", "_handshake", "_progress", "_progress_at",
-        "_receiver", "_rooms", "_scheme", "_scope", "_sends", "_server", "_target", "_task_ended",
-        "_tell", "_timed_out", "_transport", "_ws", "accepted", "busy", "client", "deadline",
-        "over_limit", "phase", "recipient",
+        "_cancelled", "_checked_at", "_close_started", "_conn", "_drop_at", "_early", "_end",
+        "_endpoint", "_finishing", "_grace_ends", "_handshake", "_progress_at", "_receiver",
+        "_rooms", "_scheme", "_scope", "_sends", "_server", "_taken", "_target", "_task_ended",
+        "_tell", "_timed_out", "_transport", "_waiting", "_ws", "accepted", "busy", "client",
+        "deadline", "phase", "recipient", "refusal",
     )  # fmt: skip
 
     def __init__(
@@ -90,7 +97,7 @@ class Driver:
         self._transport = transport
         self.client = client
         self._scheme = scheme
-        self.over_limit = False  # there are too many: it is answered 503
+        self.refusal: Refused | None = None  # how it is answered, whatever it asks for
         self._target = ""
         self._ws: WebSocket | None = None
         self._endpoint: Endpoint | None = None
@@ -109,8 +116,11 @@ class Driver:
         self._receiver: Receiver | None = None  # from the acceptance on
         self.accepted = False
         self._early: list[bytes] = []  # what `on_connect` sends before the 101
-        self._progress = 0
+        # Whether what was sent gets on; looked at while it may not
+        self._taken = 0  # bytes that our kernel took, after it had refused some
+        self._waiting = 0  # bytes that it holds
         self._progress_at = inf
+        self._checked_at = -inf
         self._sends = 0
 
         # The end
@@ -172,8 +182,8 @@ class Driver:
             self._target = event.request.target
             response = await self._server.dispatcher.respond(event.request)
         elif isinstance(event, Refused):
-            self._target = event.reason  # for the log: there may be no target
-            response = Response(event.reason + "\n", event.status, event.headers)
+            self._refuse(event)
+            return
         else:
             logger.debug("%s: closed before a request", self.client)
             return
@@ -181,7 +191,10 @@ class Driver:
             self._respond(response)
 
     async def _receive_request(self) -> UpgradeRequested | RequestReceived | Refused | PeerGone:
-        handshake = Handshake(self._server.app.limits, client=self.client, scheme=self._scheme)
+        app = self._server.app
+        handshake = Handshake(
+            app.limits, client=self.client, scheme=self._scheme, compression=app.compression
+        )
         self._handshake = handshake
         event = None
         while event is None:
@@ -189,11 +202,11 @@ class Driver:
             if data is None:
                 return PeerGone()
             event = handshake.receive_data(data)
-        if self.over_limit and not isinstance(event, PeerGone):
-            return Refused(
-                503, "too many connections (Limits.connections)", (("retry-after", "5"),)
-            )
-        return event
+        if isinstance(event, UpgradeRequested | RequestReceived):
+            self._server.identify(self, event.request)
+            if self.is_gone():
+                return PeerGone()
+        return event if self.refusal is None or isinstance(event, PeerGone) else self.refusal
 
     async def _upgrade(self, request: Request) -> Response | None:
         """Check who may connect, and ask ``on_connect``; None when the connection is open."""
@@ -219,7 +232,8 @@ class Driver:
         status = response.status
         date = ("date", formatdate(usegmt=True))  # RFC 9110, section 6.6.1
         try:
-            data = handshake.respond(status, response.content, (date, *response.headers))
+            headers = (date, *header_pairs(response.headers))
+            data = handshake.respond(status, response.content, headers)
         except ValueError as error:
             logger.error("%s: %s; answered 500", ascii(self._target), error)
             status = 500
@@ -227,16 +241,22 @@ class Driver:
         self.recipient.finish(data)
         access.info("%s %s %d", _peer(self.client), ascii(self._target), status)
 
+    def _refuse(self, refused: Refused) -> None:
+        self._target = refused.reason  # for the log: there may be no target
+        self._respond(Response(refused.reason + "\n", refused.status, refused.headers))
+
     def _refuse_late(self) -> None:
         """The opening took too long, or the server stops: say so to who began a request."""
         if self._handshake is None:
             return
         if self._server.stopping:
             self._respond(Response("the server is stopping\n", 503))
+        elif self.refusal is not None:
+            self._refuse(self.refusal)
         elif self._ws is not None or self._target:
             self._respond(Response(NOT_IN_TIME, 503))
         else:
-            self._respond(Response("request timeout\n", 408))
+            self._respond(Response("request timeout (Limits.open_timeout)\n", 408))
 
     def _handler_raised(self, error: BaseException) -> None:
         """Treat a cancellation that is none of ours as what else a handler raises.
@@ -275,9 +295,11 @@ class Driver:
             self._rooms = self._ws._leave_all()
             try:
                 # A stopping server waits no longer, but on_close is owed to every connection.
-                with anyio.move_on_after(limit, shield=True):
+                with anyio.move_on_after(limit, shield=True) as scope:
                     told = dispatcher.tell_close(self._ws, self._endpoint, reason)
                     await self._bounded(told, "on_close")
+                if scope.cancelled_caught:
+                    logger.error(TOOK_TOO_LONG, "on_close", self._endpoint.path)
             finally:
                 self._release()
 
@@ -297,7 +319,7 @@ class Driver:
                         raise
                     logger.error("%s of %s raised", what, self._endpoint.path, exc_info=error)
             if scope.cancelled_caught:
-                logger.error("%s of %s took too long: cancelled", what, self._endpoint.path)
+                logger.error(TOOK_TOO_LONG, what, self._endpoint.path)
         except Exception as error:  # raised while it was cancelled, and left by the scope
             logger.error("%s of %s raised", what, self._endpoint.path, exc_info=error)
         self._grace_ends = inf
@@ -381,8 +403,13 @@ class Driver:
         handshake = self._handshake
         data = handshake.accept(subprotocol, headers)
         server = self._server
+        agreement = handshake.agreement
+        self._conn = Connection(
+            server.app.limits, server.app.keepalive, now=server.now, agreement=agreement
+        )
+        if agreement is not None and server.app.compression is not None:
+            self.recipient.deflater = Deflater(server.app.compression, agreement)
         self._handshake = None
-        self._conn = Connection(server.app.limits, server.app.keepalive, now=server.now)
         self.accepted = True
         self.phase = Phase.OPEN
         self._receiver = Receiver(self, server, self._transport, self._conn, self.recipient)
@@ -420,11 +447,10 @@ class Driver:
     def _answer_ending(self, waited: float) -> None:
         """The handler is busy with what came before the end: how long does that wait for it?"""
         assert self._receiver is not None and self._endpoint is not None
-        failed = isinstance(self._receiver.ending, Failed)
-        if self._endpoint.cancel_on_disconnect and not failed:
+        if self._endpoint.cancel_on_disconnect:
             self.apply_ending()
             self._cancel_handler()
-        elif waited >= (self._server.app.limits.close_grace if failed else ANSWER_AFTER):
+        elif waited >= ANSWER_AFTER:
             self.apply_ending()
 
     # Link: sending
@@ -434,13 +460,13 @@ class Driver:
         if self._end is not None:
             raise self._closed_error()
 
-    def send(self, frame: bytes) -> None:
+    def send(self, opcode: int, payload: bytes) -> None:
         """See `Link`."""
         self.check_open()
         if self.accepted:
-            self.recipient.queue_kept(frame)
+            self.recipient.queue_message(opcode, payload)
         else:
-            self._early.append(frame)
+            self._early.append(encode_frame(opcode, payload))
 
     def must_wait(self) -> bool:
         """See `Link`."""
@@ -494,29 +520,35 @@ class Driver:
 
     def start_draining(self) -> None:
         """See `SenderOwner`."""
-        self._progress = self.recipient.progress
-        self._progress_at = self._server.now
         self._server.spawn(self.recipient.drain)
 
     def apply_ending(self) -> None:
         """See `ReceiverOwner`: answer what the peer did, and let everybody know."""
         assert self._receiver is not None
         event, self._receiver.ending = self._receiver.ending, None
+        since = self._receiver.ending_at
+        end: ConnectionClosed
         if isinstance(event, PeerClosed):
-            if event.code in CLEAN_CODES:
-                self._finish_with(ConnectionClosedOK(event.code, event.reason, "client"))
-                return
-            end = ConnectionClosedError(event.code, event.reason, "client")
+            clean = event.code in CLEAN_CODES
+            by_client = ConnectionClosedOK if clean else ConnectionClosedError
+            end = by_client(event.code, event.reason, "client")
         elif isinstance(event, Failed):
             big = event.code == CloseCode.MESSAGE_TOO_BIG
             kind = MessageTooBig if big else ConnectionClosedError
             end = kind(event.code, event.reason, "server")
         else:
             end = ConnectionClosedError(CloseCode.ABNORMAL, "", "lost")
-        self._finish_with(end, tell=end)
+        self._finish_with(
+            end, tell=None if isinstance(end, ConnectionClosedOK) else end, since=since
+        )
 
     def _finish_with(
-        self, end: ConnectionClosed, *, tell: Exception | None = None, discard: bool = False
+        self,
+        end: ConnectionClosed,
+        *,
+        tell: Exception | None = None,
+        discard: bool = False,
+        since: float | None = None,
     ) -> None:
         """Decide how the connection ends; the first to decide is right.
 
@@ -524,6 +556,7 @@ class Driver:
             end: What receiving and sending raise from now on.
             tell: What the error handler is told of, if it is.
             discard: The client does not read: do not let the close frame wait for the rest.
+            since: When the peer brought it about, if it did; what it sent before is still handled.
         """
         if self._end is not None:
             return
@@ -534,9 +567,6 @@ class Driver:
         self._tell = tell
         self._ws._silence()
         server = self._server
-        began = server.now
-        if end.closed_by != "server" and receiver.ending_at:
-            began = receiver.ending_at
         if self.phase is Phase.OPEN:
             self.phase = Phase.ENDING
             frame = b""
@@ -547,9 +577,10 @@ class Driver:
             self.recipient.finish(frame, discard=discard)
             self._drop_at = server.now + server.app.limits.close_timeout
         if not self._finishing:
+            began = server.now if since is None else since
             self._grace_ends = began + server.app.limits.close_grace
         self._rearm()
-        receiver.stop(discard=end.closed_by == "server")
+        receiver.stop(discard=since is None)
         access.info("%s %s %s", _peer(self.client), self._ws.id, _escaped(end))
 
     def _closed_error(self) -> ConnectionClosed:
@@ -591,7 +622,7 @@ class Driver:
             reading = receiver.is_read and not self._server.was_held_up
             for event in self._conn.handle_timeout(now, reading=reading):
                 if isinstance(event, Failed):
-                    receiver.ending = event
+                    receiver.ending, receiver.ending_at = event, now
                     self.apply_ending()
             for frame in self._conn.data_to_send():
                 self.recipient.queue_urgent(frame)
@@ -646,9 +677,9 @@ class Driver:
     def check_up(self, now: float) -> None:
         """Look after what has no deadline of its own; called by each round of housekeeping while
         the task does not wait for input, or the kernel does not take output."""
-        if self.recipient.blocked and not self.is_gone():
-            self._check_writing(now)
         receiver = self._receiver
+        if self.recipient.blocked or (receiver is not None and not receiver.is_read):
+            self._check_progress(now)
         if receiver is None or receiver.reading or self.is_gone():
             return
         if receiver.ending is not None:
@@ -658,13 +689,30 @@ class Driver:
         elif not self._close_started:
             self._server.spawn(self.close_transport)
 
-    def _check_writing(self, now: float) -> None:
-        if self.recipient.progress != self._progress:
-            self._progress = self.recipient.progress
+    def _check_progress(self, now: float) -> None:
+        """End who takes nothing of what is sent to it.
+
+        What our kernel takes from us is a coarse measure: it waits until a third of its buffer is
+        free, for which a slow client that reads all the time may need minutes. What it still holds
+        is a fine one, and the only one while we do not read, and so see no pong.
+        """
+        if self.is_gone():
+            return
+        blocked, taken = self.recipient.blocked, self.recipient.progress
+        waiting = self._transport.unacknowledged()
+        moved = taken != self._taken or waiting < self._waiting or not (blocked or waiting)
+        if moved or now - self._checked_at > UNWATCHED:
             self._progress_at = now
-        elif now - self._progress_at >= self._server.app.limits.send_timeout:
+        self._taken, self._waiting, self._checked_at = taken, waiting, now
+        still, limit = now - self._progress_at, self._server.app.limits.send_timeout
+        if blocked and still >= limit:
             self.too_slow("Limits.send_timeout")
             self.abort()
+        elif not blocked and self._end is None and self._server.app.keepalive is not None:
+            # Our pings, at least, wait to be taken.
+            assert self._receiver is not None
+            if still >= max(limit, sum(self._server.app.keepalive)):
+                self._receiver.lose()
 
 
 def _is_cancelled() -> bool:

@@ -17,7 +17,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from .protocol.connection import Connection
-from .protocol.events import Failed, PeerClosed, PeerLost, PongReceived
+from .protocol.events import Event, Failed, PeerClosed, PeerLost, PongReceived
 from .sender import Sender
 from .transport import Transport
 
@@ -96,8 +96,8 @@ class Receiver:
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody waits for input; if not, the peer's silence proves nothing."""
-        return self.reading or self._helping
+        """Whether somebody takes what the peer sends; if not, its silence proves nothing."""
+        return self._receiving or self._helping
 
     # For the handlers: hot, once for every message
 
@@ -110,7 +110,7 @@ class Receiver:
         if self._turn >= TURN_MESSAGES or monotonic() > self._turn_ends:
             return None
         message = inbox.popleft()
-        self._flusher.backlog = bool(inbox)
+        self._flusher.backlog = bool(inbox) or self._conn.has_more
         return message
 
     async def receive(self) -> str | bytes:
@@ -147,6 +147,11 @@ class Receiver:
             return
         self._fed = 0
         self._reads += 1
+        if self._conn.has_more:
+            await checkpoint()
+            self._begin_turn()
+            self.feed_more()
+            return
         self.reading = True
         try:
             data = await self._transport.receive()
@@ -183,6 +188,11 @@ class Receiver:
             self._helping = True
             self._server.spawn(self._read_ahead)
         elif self._transport.is_broken():  # or a client that is gone would stay for ever
+            self.lose()
+
+    def lose(self) -> None:
+        """The peer is gone, although nothing was read that says so."""
+        if self.ending is None:
             self.ending = PeerLost()
             self.ending_at = self._server.clock.now()
 
@@ -195,8 +205,10 @@ class Receiver:
                 and self._fed < limit
                 and not self._stopped
             ):
-                data = await self._transport.receive()
-                if data is not None:
+                if self._conn.has_more:
+                    await checkpoint()
+                    self.feed_more()
+                elif (data := await self._transport.receive()) is not None:
                     self.feed(data)
         except OSError as error:
             logger.debug("reading ahead failed: %s", error)
@@ -209,7 +221,14 @@ class Receiver:
     def feed(self, data: bytes) -> None:
         """Parse input: what is due is sent, messages go to the inbox, the end is noted."""
         self._fed += len(data)
-        events = self._conn.receive_data(data, self._server.now)
+        self._handle(self._conn.receive_data(data, self._server.now))
+
+    def feed_more(self) -> None:
+        """Parse more of the input that was fed: one step does not take it all."""
+        self._handle(self._conn.receive_more(self._server.now))
+
+    def _handle(self, events: list[Event]) -> None:
+        self._fed += self._conn.inflated
         for frame in self._conn.data_to_send():
             self._sender.queue_urgent(frame)
         if self._stopped:

@@ -7,11 +7,13 @@ member is reached through its `Recipient`, which the driver provides.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from math import inf
 from threading import get_ident
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .messages import encode_json
+from .protocol.deflate import Deflater
 from .protocol.frames import BINARY, TEXT, encode_frame
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 class Recipient(Protocol):
     """The sending half of a connection, as rooms see it."""
+
+    #: Compresses messages, if the client agreed to that.
+    deflater: Deflater | None
 
     def queue(self, frame: bytes) -> None:
         """Queue a room's frame; never waits, never raises because of the client."""
@@ -83,6 +88,7 @@ class Registry:
         self.rooms: dict[str, RoomRecord] = {}
         self.everyone: dict[WebSocket, Recipient] = {}
         self.aliases: list[Registry] = [self]  # all that share this one's contents
+        self.compress_from = inf  # bytes of a message that is worth compressing
         self.reset()
 
     def reset(self) -> None:
@@ -233,8 +239,16 @@ class Audience:
                 raise TypeError(f"exclude takes connections, not {exclude!r}")
             targets = [link for ws, link in recipients.items() if ws not in left_out]
         members = len(recipients)
-        for recipient in targets:
-            recipient.queue(frame)
+        if len(payload) < registry.compress_from:
+            for recipient in targets:
+                recipient.queue(frame)
+        else:
+            shared: dict[int, bytes] = {}
+            for recipient in targets:
+                deflater = recipient.deflater
+                recipient.queue(
+                    frame if deflater is None else deflater.encode(opcode, payload, shared)
+                )
         closed = members - len(recipients)
         return registry.queued(len(targets) - closed)
 

@@ -15,7 +15,8 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from .limits import Limits
-from .protocol.frames import KeptFrame
+from .protocol.deflate import Deflater
+from .protocol.frames import KeptFrame, encode_frame
 from .protocol.outbox import Outbox, SlowConsumers
 from .transport import Transport
 
@@ -97,12 +98,14 @@ class Sender:
 
     Attributes:
         blocked: The kernel took no more at the last attempt; a task drains, or all is lost.
+        deflater: Compresses messages, if the client agreed to that.
         joins_until: Up to this tick frames are joined instead of sent at once.
     """
 
     __slots__ = (
         "_dropped", "_failed", "_finished", "_flusher", "_high_water", "_moved", "_outbox",
-        "_owner", "_pending", "_pending_size", "_progress", "_transport", "blocked", "joins_until",
+        "_owner", "_pending", "_pending_size", "_progress", "_transport", "blocked", "deflater",
+        "joins_until",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +129,7 @@ class Sender:
         self._finished = False
         self._moved: anyio.Event | None = None
         self.blocked = False
+        self.deflater: Deflater | None = None
         self.joins_until = -1
 
     # Queueing: hot, once for every frame and member
@@ -150,6 +154,15 @@ class Sender:
         self._pending_size += len(frame)
         if self._pending_size >= JOIN_BYTES or len(pending) >= JOIN_FRAMES:
             self.flush()
+
+    def queue_message(self, opcode: int, payload: bytes) -> None:
+        """Queue a message for this client alone."""
+        deflater = self.deflater
+        if deflater is None or len(payload) < deflater.threshold:
+            frame = encode_frame(opcode, payload)
+        else:
+            frame = deflater.encode(opcode, payload, {})
+        self.queue(KeptFrame(frame) if self._outbox.drops else frame)
 
     def queue_kept(self, frame: bytes) -> None:
         """Queue a frame that no policy may drop: a direct send, or a control frame."""

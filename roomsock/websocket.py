@@ -11,10 +11,10 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
-from .errors import CloseCode, ConnectionClosedOK
+from .errors import CloseCode, ConnectionClosedOK, Headers, header_pairs
 from .http import Request
 from .messages import JsonDecoder, encode_json, type_name
-from .protocol.frames import BINARY, TEXT, check_close, encode_frame, truncated
+from .protocol.frames import BINARY, TEXT, check_close, truncated
 from .rooms import Everyone, Queued, Recipient, Registry, Room, encode_bytes, encode_text
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Link(Protocol):
     def check_open(self) -> None:
         """Raise `ConnectionClosed` when nothing can be sent any more."""
 
-    def send(self, frame: bytes) -> None:
-        """Queue a frame for this client; raises `ConnectionClosed` when it is closed."""
+    def send(self, opcode: int, payload: bytes) -> None:
+        """Queue a message for this client; raises `ConnectionClosed` when it is closed."""
 
     def must_wait(self) -> bool:
         """Whether who awaits a send has to wait: the outbox is high, or others' turn is due."""
@@ -150,23 +150,22 @@ class WebSocket:
         names, self._joined = self._joined, ()
         return names
 
-    def accept(
-        self, subprotocol: str | None = None, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def accept(self, subprotocol: str | None = None, headers: Headers = ()) -> None:
         """Accept the connection now, from within ``on_connect``: the 101 is queued and the
         connection joins its room in one step. Without this call it happens when ``on_connect``
         returns.
 
         Args:
             subprotocol: One of those the client offered (``request.subprotocols``), or None.
-            headers: ``(name, value)`` pairs for the 101.
+            headers: ``(name, value)`` pairs for the 101, or a mapping.
 
         Raises:
             RuntimeError: Accepted before, or too late, or from another thread.
+            TypeError: The headers are no such pairs.
             ValueError: A sub-protocol that was not offered, or an invalid header.
         """
         self._registry.check_thread()
-        self._link.accept(subprotocol, headers)
+        self._link.accept(subprotocol, header_pairs(headers))
         self.subprotocol = subprotocol
 
     def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> Pace:
@@ -268,7 +267,7 @@ class WebSocket:
 
     def _send(self, opcode: int, payload: bytes) -> Pace:
         self._registry.check_thread()
-        self._link.send(encode_frame(opcode, payload))
+        self._link.send(opcode, payload)
         return self._pace
 
     # Sending to rooms

@@ -20,6 +20,7 @@ import anyio
 import anyio.abc
 from wsproto import events
 from wsproto.connection import Connection, ConnectionType
+from wsproto.extensions import PerMessageDeflate
 
 #: Real seconds after which a test that waits for the server has failed.
 PATIENCE = 10
@@ -51,10 +52,13 @@ def upgrade_request(path: str = "/", headers: Iterable[tuple[str, str]] = ()) ->
 
 
 class Client:
-    """One connected client."""
+    """One connected client; offers compression if it is given the extension."""
 
-    def __init__(self, stream: anyio.abc.ByteStream) -> None:
+    def __init__(
+        self, stream: anyio.abc.ByteStream, deflate: PerMessageDeflate | None = None
+    ) -> None:
         self.stream = stream
+        self.deflate = deflate
         self.conn = Connection(ConnectionType.CLIENT)
         self.headers: dict[str, str] = {}
         self._events: deque[Any] = deque()
@@ -63,6 +67,9 @@ class Client:
     async def handshake(
         self, path: str, headers: Iterable[tuple[str, str]] = (), early: bytes = b""
     ) -> None:
+        if self.deflate is not None:
+            offer = f"{self.deflate.name}; {self.deflate.offer()}"
+            headers = [*headers, ("Sec-WebSocket-Extensions", offer)]
         await self.stream.send(upgrade_request(path, headers) + early)
         head = b""
         with anyio.fail_after(PATIENCE):
@@ -80,6 +87,9 @@ class Client:
                 while len(rest) < int(self.headers.get("content-length", 0)):
                     rest += await self.stream.receive()
             raise Refusal(status, self.headers, rest)
+        if self.deflate is not None and "sec-websocket-extensions" in self.headers:
+            self.deflate.finalize(self.headers["sec-websocket-extensions"])
+            self.conn = Connection(ConnectionType.CLIENT, [self.deflate])
         if rest:
             self.conn.receive_data(rest)
             self._events.extend(self.conn.events())
@@ -194,10 +204,11 @@ async def connected(
     *,
     early: bytes = b"",
     tls: ssl.SSLContext | None = None,
+    deflate: PerMessageDeflate | None = None,
 ) -> AsyncIterator[Client]:
     """A client with an open WebSocket; its socket is closed behind the body, however it ends."""
     stream = await open_stream(server, tls=tls)
-    client = Client(stream)
+    client = Client(stream, deflate)
     try:
         await client.handshake(path, headers, early)
         yield client

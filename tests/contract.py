@@ -7,9 +7,12 @@ watches the log of those files alone that ask for it.
 from __future__ import annotations
 
 import logging
+import sys
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from typing import Any
 
 import anyio
 import pytest
@@ -21,6 +24,8 @@ from roomsock.server import Server
 
 from .client import PATIENCE, Client
 from .clock import FakeClock, settled
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's kernel")
 
 
 @pytest.fixture
@@ -48,15 +53,15 @@ def nothing_else_is_logged(
 
 
 @asynccontextmanager
-async def served(app: App, clock: FakeClock | None = None) -> AsyncIterator[Server]:
+async def served(app: App, clock: FakeClock | None = None, **options: Any) -> AsyncIterator[Server]:
     """The app on a port of its own, in a time that stands still. Behind the body the clients are
-    gone: then no connection may be left, and no room."""
+    gone: then no connection may be left, and no room. Options are those of `serving`."""
     time = clock or FakeClock()
     raised: Exception | None = None
     hurried: list[bool] = []
     async with anyio.create_task_group() as tg:
         try:
-            async with serving(app, port=0, clock=time) as server:
+            async with serving(app, port=0, clock=time, **options) as server:
                 try:
                     with anyio.fail_after(PATIENCE):
                         yield server
@@ -126,6 +131,12 @@ def text(message: str) -> bytes:
 
 def close(code: int, reason: str = "") -> bytes:
     return masked(0x88, code.to_bytes(2, "big") + reason.encode())
+
+
+def deflated(message: bytes) -> bytes:
+    """The payload of a compressed message (RFC 7692, section 7.2.1)."""
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(message) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 CLOSE_WITHOUT_CODE = masked(0x88)  # what a browser's close() sends

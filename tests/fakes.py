@@ -15,6 +15,8 @@ from roomsock.errors import (
     ConnectionClosedOK,
 )
 from roomsock.http import Request
+from roomsock.protocol.deflate import Deflater
+from roomsock.protocol.frames import encode_frame
 from roomsock.rooms import Recipient, Registry
 from roomsock.websocket import WebSocket
 
@@ -40,6 +42,7 @@ class FakeRecipient:
         #: Called with each frame, as a driver may act on it.
         self.on_queue: Callable[[bytes], None] = self.frames.append
         self.flushes = 0
+        self.deflater: Deflater | None = None
 
     def queue(self, frame: bytes) -> None:
         self.on_queue(frame)
@@ -100,9 +103,9 @@ class FakeLink:
         if self.end is not None:
             raise self.end
 
-    def send(self, frame: bytes) -> None:
+    def send(self, opcode: int, payload: bytes) -> None:
         self.check_open()
-        self.frames.append(frame)
+        self.frames.append(encode_frame(opcode, payload))
 
     def must_wait(self) -> bool:
         return self.is_high

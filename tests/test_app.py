@@ -19,6 +19,7 @@ from roomsock.dispatch import Dispatcher, Endpoint
 from roomsock.errors import SetupError
 from roomsock.http import Request
 from roomsock.limits import Limits
+from roomsock.protocol.deflate import Agreement, Compression, Deflater
 from roomsock.rooms import Queued
 from roomsock.signatures import Role
 from roomsock.websocket import WebSocket
@@ -654,3 +655,48 @@ def test_an_included_app_is_not_served_by_itself() -> None:
     app.include(other, prefix="/other")
     with pytest.raises(SetupError, match="included in another app"):
         other._begin_serving(threading.get_ident(), Queued, lambda function, *args: None)
+
+
+# Compression
+
+
+def test_nothing_is_compressed_unless_the_app_asks_for_it() -> None:
+    assert App().compression is None
+    assert App(compression=False).compression is None
+    assert App(compression=True).compression == Compression()
+    settings = Compression(level=9, context_takeover=True)
+    assert App(compression=settings).compression is settings
+
+
+@pytest.mark.parametrize("value", ["deflate", 1, 0, None, {"level": 3}, Compression], ids=repr)
+def test_compression_is_a_bool_or_its_settings(value: Any) -> None:
+    with refused("compression is a bool or roomsock.Compression(...)", repr(value)):
+        App(compression=value)
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+def test_messages_that_refer_to_each_other_cannot_be_dropped(policy: Any) -> None:
+    takeover = Compression(context_takeover=True)
+    with refused("context takeover", "dropping messages"):
+        App(slow_consumers=policy, compression=takeover)
+    App(slow_consumers=policy, compression=True)
+    App(slow_consumers="close", compression=takeover)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "queued"), [(True, False, 0xC1), (False, True, 0x81)], ids=["outer", "inner"]
+)
+def test_an_included_app_is_compressed_as_the_app_that_is_served(
+    outer: bool, inner: bool, queued: int
+) -> None:
+    app, part = App(compression=outer), App(compression=inner)
+    room = part.room("/a")
+    app.include(part)
+    link = FakeLink()
+    link.fake_recipient.deflater = Deflater(
+        Compression(), Agreement("permessage-deflate", 15, 15, False, False)
+    )
+    websocket(link, "/a", registry=begin(app).registry)
+    for length in (127, 128):  # the threshold is that of the app's settings
+        room.send_text("x" * length)
+    assert [frame[0] for frame in link.fake_recipient.frames] == [0x81, queued]

@@ -29,9 +29,11 @@ ORDER = [
     *("errors", "limits"),
     *("http",),
     *("protocol", "protocol.events", "protocol.frames", "protocol.keepalive"),
+    *("protocol.deflate",),
     *("protocol.outbox", "protocol.handshake", "protocol.connection"),
+    *("protocol.proxies",),
     *("routing", "signatures", "messages", "rooms", "websocket", "dispatch", "app"),
-    *("transport", "sender", "receiver", "driver", "server"),
+    *("listening", "transport", "sender", "receiver", "driver", "server"),
     *("running",),
     *("__init__",),
 ]
@@ -39,15 +41,18 @@ ORDER = [
 NEIGHBOURS = [{"rooms", "websocket"}, {"driver", "server"}, {"receiver", "server"}]
 
 #: Who may know an event loop, and by which names they are known.
-DRIVERS = {"transport", "sender", "receiver", "driver", "server", "running"}
+DRIVERS = {"listening", "transport", "sender", "receiver", "driver", "server", "running"}
 EVENT_LOOPS = {"anyio", "asyncio", "trio", "uvloop", "sniffio", "selectors"}
 CLOCKS = {"time", "datetime", "sched"}
 
 #: Tests of something else than one module.
-OTHER_TESTS = {"house", "readme", "examples", "browser", "stop"}
+OTHER_TESTS = {
+    *("house", "readme", "examples", "browser", "stop", "faults", "limits_held", "autobahn"),
+    *("fuzz",),
+}
 
 PUBLIC = {
-    *("App", "WebSocket", "Room", "Request", "Response", "Limits", "CloseCode"),
+    *("App", "WebSocket", "Room", "Request", "Response", "Limits", "CloseCode", "Compression"),
     *("RoomsockError", "SetupError", "Reject", "InvalidMessage", "MessageTooBig", "SlowConsumer"),
     *("ConnectionClosed", "ConnectionClosedOK", "ConnectionClosedError"),
     *("run", "serve", "serving"),
@@ -69,8 +74,9 @@ MEMBERS = {
     roomsock.Room: {*SENDS, "name", "members", "others", "state", "flushed"},
 }
 
-#: In lines of code.
-MOST_CODE = 4_100
+#: In lines of code. 700 of them came with what strangers make necessary: bounded inflation, trusted
+#: proxies, a handshake checked in full.
+MOST_CODE = 4_800
 LONGEST_FUNCTION = 60
 
 

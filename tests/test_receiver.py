@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -24,7 +25,8 @@ from roomsock import (
     WebSocket,
 )
 from roomsock.limits import KIB
-from roomsock.protocol.connection import Connection
+from roomsock.protocol.connection import STEP_FRAMES, STEP_INFLATED, Connection
+from roomsock.protocol.deflate import Agreement
 from roomsock.protocol.events import Failed, PeerClosed, PeerLost
 from roomsock.protocol.frames import PONG, encode_frame
 from roomsock.receiver import TURN_MESSAGES, TURN_SECONDS, Receiver
@@ -39,6 +41,7 @@ from .contract import (
     Ends,
     close,
     cut,
+    deflated,
     masked,
     messages,
     send_chunks,
@@ -148,14 +151,15 @@ class WayOut:
 class Unit:
     """A receiver among fakes; `seconds` is what it takes for the time of its turns."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, agreement: Agreement | None = None, **limits: int) -> None:
         self.seconds = 1000.0
         self.clock = FakeClock()
         self.wire = Wire()
         self.owner = Owner()
         self.sender = WayOut()
         self.house = House(self.clock, Limits(**limits))
-        self.conn = Connection(Limits(), (20.0, 20.0), now=self.clock.now())
+        now = self.clock.now()
+        self.conn = Connection(Limits(), (20.0, 20.0), now=now, agreement=agreement)
         fakes: list[Any] = [self.owner, self.house, self.wire, self.conn, self.sender]
         self.receiver = self.owner.receiver = Receiver(*fakes)
 
@@ -183,8 +187,8 @@ class Unit:
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Unit]:
     """Makes a unit with these limits."""
 
-    def make(**limits: int) -> Unit:
-        unit = Unit(**limits)
+    def make(**options: Any) -> Unit:
+        unit = Unit(**options)
         monkeypatch.setattr("roomsock.receiver.monotonic", lambda: unit.seconds)
         return unit
 
@@ -341,7 +345,7 @@ async def test_pings_are_answered_and_the_latency_is_known_from_a_pong(
 # The unit: the end
 
 
-@pytest.mark.parametrize(
+each_end = pytest.mark.parametrize(
     ("frame", "ending"),
     [
         (close(1000, "bye"), PeerClosed(1000, "bye")),
@@ -350,6 +354,9 @@ async def test_pings_are_answered_and_the_latency_is_known_from_a_pong(
     ],
     ids=["close", "bad frame", "loss"],
 )
+
+
+@each_end
 async def test_an_end_takes_effect_behind_the_messages_in_front_of_it(
     make: Callable[..., Unit], frame: bytes, ending: object
 ) -> None:
@@ -952,3 +959,269 @@ async def test_a_silent_client_is_pinged_and_the_latency_known_from_its_pong() -
         await client.send_event(event.response())
         await client.send("?")
         assert await client.receive() == "1.0"
+
+
+# More input than one step of parsing takes: the others have their turn in between
+
+PING = masked(0x89, b"?")
+STEPS = 6
+#: Takes so many steps, and has nothing for a handler.
+BACKLOG = PING * STEP_FRAMES * STEPS
+
+
+async def test_others_have_their_turn_between_two_steps(make: Callable[..., Unit]) -> None:
+    unit = make()
+    seen = [0]
+
+    async def watch() -> None:
+        while True:
+            if (answered := len(unit.sender.frames)) != seen[-1]:
+                seen.append(answered)
+            await checkpoint()
+
+    unit.wire.arrive(BACKLOG + text("1"))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(watch)
+        assert await unit.receive() == "1"
+        tg.cancel_scope.cancel()
+    seen.append(len(unit.sender.frames))
+    assert seen[-1] == STEPS * STEP_FRAMES
+    # Twice as much where the event loop has the two tasks change places between two passes.
+    assert all(after - before <= 2 * STEP_FRAMES for before, after in pairwise(seen))
+
+
+async def test_a_receive_that_is_cancelled_amid_steps_loses_nothing(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    unit.wire.arrive(BACKLOG + text("1") + BACKLOG + text("2") + text("3"))
+    got: list[object] = []
+    given_up = 0
+
+    async def cancel(scope: anyio.CancelScope, passes: int) -> None:
+        for _ in range(passes):
+            await checkpoint()
+        scope.cancel()
+
+    for attempt in range(100):
+        async with anyio.create_task_group() as tg:
+            with anyio.CancelScope() as scope:
+                tg.start_soon(cancel, scope, attempt % 5)
+                while len(got) < 3:
+                    got.append(await unit.receive())
+            given_up += scope.cancelled_caught
+            tg.cancel_scope.cancel()
+    assert got == ["1", "2", "3"]
+    assert given_up > 2
+    assert unit.sender.frames == [encode_frame(PONG, b"?")] * STEP_FRAMES * STEPS * 2
+    assert unit.wire.reads <= given_up + 1
+
+
+async def test_what_a_message_causes_is_joined_while_there_is_input_to_look_at(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    unit.wire.arrive(text("1") + BACKLOG + text("2"))
+    assert await unit.receive() == "1"
+    assert unit.house.flusher.backlog
+    assert await unit.receive() == "2"
+    assert not unit.house.flusher.backlog
+
+
+async def test_nothing_is_read_before_all_that_was_read_is_looked_at(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    unit.wire.arrive(BACKLOG + text("1"), text("2"))
+    assert await unit.receive() == "1"
+    assert unit.wire.reads == 1
+    assert not unit.conn.has_more
+    assert await unit.receive() == "2"
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["waited for", "read ahead"])
+@each_end
+async def test_an_end_behind_many_steps_is_found(
+    make: Callable[..., Unit], frame: bytes, ending: object, busy: bool
+) -> None:
+    unit = make()
+    if frame:
+        unit.wire.arrive(BACKLOG + text("1") + BACKLOG + frame)
+    else:
+        unit.wire.arrive(BACKLOG + text("1") + BACKLOG, b"")
+    if busy:
+        async with anyio.create_task_group() as tg:
+            await unit.be_busy(tg)
+        assert (unit.receiver.ending, unit.owner.found) == (ending, 1)
+    assert await unit.receive() == "1"
+    await unit.closed()
+    assert unit.owner.applied == [ending]
+    assert len(unit.sender.frames) == 2 * STEPS * STEP_FRAMES
+
+
+async def test_after_an_end_of_our_own_the_peers_is_found_behind_many_steps(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    unit.wire.arrive(BACKLOG + text("late") + BACKLOG + close(1000))
+    await unit.receiver.read()
+    assert unit.conn.has_more
+    unit.conn.close(4000)
+    unit.owner.finish(discard=True)
+    answered = len(unit.sender.frames)
+    while not unit.conn.close_received:
+        await unit.receiver.read()
+    assert unit.wire.reads == 1
+    assert len(unit.sender.frames) == answered  # who is closing answers no ping
+    assert (list(unit.receiver.inbox), unit.receiver.ending) == ([], None)
+
+
+async def test_reading_ahead_goes_on_with_what_was_read(make: Callable[..., Unit]) -> None:
+    unit = make()
+    async with anyio.create_task_group() as tg:
+        await unit.be_busy(tg)
+        unit.wire.arrive(BACKLOG + text("1"), text("2"))
+        await settled()
+        assert list(unit.receiver.inbox) == ["1", "2"]
+        assert len(unit.sender.frames) == STEPS * STEP_FRAMES
+        assert unit.receiver.is_read
+        tg.cancel_scope.cancel()
+
+
+async def test_reading_is_given_back_amid_steps(make: Callable[..., Unit]) -> None:
+    unit = make()
+    got: list[object] = []
+
+    async def receive() -> None:
+        got.append(await unit.receive())
+
+    async with anyio.create_task_group() as tg:
+        await unit.be_busy(tg)
+        unit.wire.arrive(BACKLOG + text("1"))
+        while not unit.conn.has_more:
+            await checkpoint()
+        tg.start_soon(receive)
+    assert got == ["1"]
+    assert not unit.receiver.is_read
+    assert len(unit.sender.frames) == STEPS * STEP_FRAMES
+
+
+def bomb(number: int, size: int) -> bytes:
+    """A compressed message that inflates to so many bytes."""
+    return masked(0xC2, deflated(b"%05d" % number + bytes(size - 5)))
+
+
+async def test_what_is_read_ahead_is_counted_as_inflated(make: Callable[..., Unit]) -> None:
+    agreement = Agreement("permessage-deflate", 15, 15, False, False)
+    unit = make(agreement=agreement, read_ahead=2 * STEP_INFLATED)
+    size = STEP_INFLATED // 2
+    bombs = [bomb(number, size) for number in range(20)]
+    assert sum(map(len, bombs)) < STEP_INFLATED / 10
+    async with anyio.create_task_group() as tg:
+        await unit.be_busy(tg)
+        unit.wire.arrive(b"".join(bombs) + close(1000))
+    assert not unit.receiver.is_read
+    assert sum(map(len, unit.receiver.inbox)) == 2 * STEP_INFLATED
+    unit.receiver.help_if_busy()
+    assert unit.house.spawned == []
+    received = [await unit.receive() for _ in bombs]
+    assert [int(message[:5]) for message in received] == list(range(20))
+    await unit.closed()
+    assert unit.wire.reads == 1
+
+
+# The same on real sockets
+
+
+async def test_a_handler_that_gives_up_amid_steps_loses_nothing() -> None:
+    app = App()
+    count = 50
+
+    @app.serve("/r")
+    async def serve(ws: WebSocket) -> None:
+        given_up = received = 0
+        while received < count:
+            with anyio.move_on_after(0) as impatient:
+                assert await ws.receive() == str(received)
+                received += 1
+            if impatient.cancelled_caught:
+                given_up += 1
+                assert await ws.receive() == str(received)
+                received += 1
+        await ws.send_text(f"{given_up > 0}")
+
+    async with served(app) as server, connected(server, "/r") as client:
+        pings = PING * (STEP_FRAMES // 2)
+        await client.send_raw(b"".join(pings + text(str(number)) for number in range(count)))
+        while not isinstance(event := await client.event(), events.TextMessage):
+            assert isinstance(event, events.Pong)
+        assert event.data == "True"
+
+
+async def test_many_steps_of_one_client_let_the_others_have_their_turn() -> None:
+    app = App()
+    handled: list[str] = []
+
+    @app.on_message("/r")
+    def take(ws: WebSocket, message: str) -> None:
+        handled.append(message)
+        ws.send_text(message)
+
+    async with (
+        served(app) as server,
+        connected(server, "/r") as busy,
+        connected(server, "/r") as other,
+    ):
+        # What the first sent is one read, and begins when the other's is on its way.
+        await settled()
+        await busy.send_raw(PING * STEP_FRAMES * 40 + text("behind the steps"))
+        await other.send("between them")
+        assert await other.receive() == "between them"
+        while not isinstance(await busy.event(), events.TextMessage):
+            pass
+    assert handled == ["between them", "behind the steps"]
+
+
+async def test_a_close_of_ours_ends_well_behind_many_steps_of_input() -> None:
+    app = App()
+    ends = Ends(app)
+    handled: list[str] = []
+
+    @app.on_message("/r")
+    def take(ws: WebSocket, message: str) -> None:
+        handled.append(message)
+        ws.close(4000, "enough")
+
+    async with served(app) as server, connected(server, "/r") as client:
+        await client.send_raw(text("1") + BACKLOG + text("2") + BACKLOG + close(1000))
+        while isinstance(event := await client.event(), events.Pong):
+            pass
+        assert isinstance(event, events.CloseConnection)
+        assert event.code == 4000
+        await client.ended()
+    assert handled == ["1"]
+    assert ends.told == ["close closed by the server: 4000 (enough)"]
+
+
+@pytest.mark.parametrize("how", ["close", "loss"])
+async def test_an_end_behind_many_steps_is_noticed_while_a_handler_is_busy(how: str) -> None:
+    app, clock = App(), FakeClock()
+    ends = Ends(app, error=False)
+    handled: list[str] = []
+    release = anyio.Event()
+
+    @app.on_message("/r")
+    async def take(ws: WebSocket, message: str) -> None:
+        handled.append(message)
+        await release.wait()
+
+    async with served(app, clock) as server, connected(server, "/r") as client:
+        await client.send_raw(text("1") + BACKLOG + text("2") + BACKLOG)
+        await until(lambda: handled)
+        await (client.close() if how == "close" else client.aclose())
+        await clock.advance(1)
+        assert len(app.room("/r")) == 0
+        assert handled == ["1"]
+        release.set()
+        await ends.come()
+    assert handled == ["1", "2"]

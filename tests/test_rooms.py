@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
+import zlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from roomsock.messages import encode_json
-from roomsock.protocol.frames import BINARY, TEXT, encode_frame
+from roomsock.protocol.deflate import Agreement, Compression, Deflater
+from roomsock.protocol.frames import BINARY, TEXT, encode_frame, frame_size
 from roomsock.rooms import Audience, Everyone, Queued, Registry, Room, queued_type
 from roomsock.websocket import WebSocket
 
@@ -400,3 +403,146 @@ async def others_run_while(function: Callable[[Room], Coroutine[Any, Any, Any]],
                 if others.is_set():
                     return result
     raise AssertionError("nobody else had a turn")
+
+
+# Compression
+
+LINES = [f"line {number}: " + "what one says to the others; " * 20 for number in range(3)]
+
+
+def compressing(registry: Registry, bits: int = 15, *, takeover: bool = False) -> FakeLink:
+    """A member that agreed to compression, with a window of so many bits."""
+    settings = Compression(context_takeover=takeover)
+    registry.compress_from = settings.threshold
+    _, link = member(registry)
+    agreement = Agreement("permessage-deflate", bits, 15, takeover, takeover)
+    link.fake_recipient.deflater = Deflater(settings, agreement)
+    return link
+
+
+class Reader:
+    """A client that inflates what it gets, and remembers it if context takeover was agreed on."""
+
+    def __init__(self, bits: int = 15, *, takeover: bool = False) -> None:
+        self.bits = bits
+        self.takeover = takeover
+        self.zlib = zlib.decompressobj(-bits)
+
+    def read(self, frame: bytes) -> str:
+        start, length = frame_size(frame, 0)
+        payload = frame[start:]
+        assert len(payload) == length
+        if frame[0] == 0x81:
+            return payload.decode()
+        assert frame[0] == 0xC1
+        if not self.takeover:
+            self.zlib = zlib.decompressobj(-self.bits)
+        return self.zlib.decompress(payload + b"\x00\x00\xff\xff").decode()
+
+
+@pytest.fixture
+def compressors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The windows of the compressors that were made, each at the time."""
+    made: list[int] = []
+    make = zlib.compressobj
+
+    def compressobj(level: int, method: int, wbits: int, *rest: int) -> Any:
+        made.append(-wbits)
+        return make(level, method, wbits, *rest)
+
+    monkeypatch.setattr(zlib, "compressobj", compressobj)
+    return made
+
+
+def test_a_message_is_compressed_once_for_all_members(compressors: list[int]) -> None:
+    registry = Registry()
+    links = [compressing(registry) for _ in range(100)]
+    assert Room(registry, "/chat/blue").send_text(LINES[0]) == 100
+    assert len(compressors) == 1
+    [frame] = frames(links[0])
+    assert all(frames(link)[0] is frame for link in links)
+    assert len(frame) < len(LINES[0]) / 4
+    assert Reader().read(frame) == LINES[0]
+
+
+def test_a_message_is_compressed_once_for_each_size_of_window(compressors: list[int]) -> None:
+    registry = Registry()
+    links = [compressing(registry, bits) for bits in (9, 15) * 50]
+    Room(registry, "/chat/blue").send_text(LINES[0])
+    assert sorted(compressors) == [9, len(LINES[0]).bit_length()]
+    for link, bits in zip(links, (9, 15) * 50, strict=True):
+        assert Reader(bits).read(frames(link)[0]) == LINES[0]
+    # A message that fits the smaller window is the same for both.
+    compressors.clear()
+    Room(registry, "/chat/blue").send_text(LINES[1][:500])
+    assert compressors == [9]
+    assert frames(links[0])[1] is frames(links[1])[1]
+
+
+def test_who_agreed_to_nothing_gets_the_message_as_it_is(compressors: list[int]) -> None:
+    registry = Registry()
+    compressed, (_, plain), other = compressing(registry), member(registry), compressing(registry)
+    assert Room(registry, "/chat/blue").send_text(LINES[0]) == 3
+    assert frames(plain) == [text(LINES[0])]
+    assert frames(compressed) == frames(other) != [text(LINES[0])]
+    assert len(compressors) == 1
+
+
+def test_a_short_message_is_one_frame_for_all(compressors: list[int]) -> None:
+    registry = Registry()
+    links = [compressing(registry), compressing(registry, takeover=True)]
+    websocket(plain := FakeLink(), registry=registry)
+    room = Room(registry, "/chat/blue")
+    room.send_text("x" * 127)
+    assert compressors == []
+    assert frames(links[0])[0] is frames(links[1])[0] is frames(plain)[0]
+    room.send_text("x" * 128)
+    assert [frames(link)[1][0] for link in (*links, plain)] == [0xC1, 0xC1, 0x81]
+
+
+def test_what_cannot_be_compressed_is_tried_once_and_sent_as_it_is(compressors: list[int]) -> None:
+    registry = Registry()
+    links = [compressing(registry) for _ in range(10)]
+    noise = random.Random(1).randbytes(2000)
+    Room(registry, "/chat/blue").send_bytes(noise)
+    assert len(compressors) == 1
+    assert all(frames(link) == [encode_frame(BINARY, noise)] for link in links)
+
+
+def test_every_kind_of_message_is_compressed_as_what_it_is(compressors: list[int]) -> None:
+    registry = Registry()
+    link = compressing(registry)
+    everyone = Everyone(registry)
+    everyone.send_json(LINES)
+    everyone.send_bytes(LINES[0].encode())
+    assert [frame[0] for frame in frames(link)] == [0xC1, 0xC2]
+    assert Reader().read(frames(link)[0]) == encode_json(LINES).decode()
+
+
+def test_with_context_takeover_each_member_has_a_compressor_for_good(
+    compressors: list[int],
+) -> None:
+    registry = Registry()
+    links = [compressing(registry, bits, takeover=True) for bits in (10, 12, 15)]
+    shared = compressing(registry)
+    room = Room(registry, "/chat/blue")
+    for line in LINES:
+        room.send_text(line)
+    assert compressors[:3] == [10, 12, 15]
+    assert len(compressors) == 3 + len(LINES)  # the fourth member's are made for a message each
+    for link, bits in zip(links, (10, 12, 15), strict=True):
+        reader = Reader(bits, takeover=True)
+        assert [reader.read(frame) for frame in frames(link)] == LINES
+    assert len(frames(links[2])[1]) < len(frames(shared)[1]) / 2
+
+
+def test_a_message_that_left_somebody_out_is_nothing_to_refer_to() -> None:
+    registry = Registry()
+    link = compressing(registry, takeover=True)
+    compressing(registry, takeover=True)
+    room = Room(registry, "/chat/blue")
+    room.send_text(LINES[0])
+    assert room.send_text(LINES[1], exclude=link.ws) == 1
+    room.send_text(LINES[2])
+    reader = Reader(takeover=True)
+    assert [reader.read(frame) for frame in frames(link)] == [LINES[0], LINES[2]]

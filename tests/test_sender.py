@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import socket
 import ssl
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,7 +27,8 @@ from wsproto import events
 import roomsock
 from roomsock import App, Limits, serving
 from roomsock.limits import KIB
-from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame
+from roomsock.protocol.deflate import Agreement, Compression, Deflater
+from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame, frame_size
 from roomsock.protocol.outbox import CHUNK, SlowConsumers
 from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, Flusher, Sender
 from roomsock.server import ROUND, Server
@@ -1286,3 +1289,93 @@ async def test_who_passes_a_limit_is_told_which(limits: Any, code: int, setting:
         ["ConnectionClosedError"],
     )
     assert [reason.code for reason in ends.reasons] == [code]
+
+
+# Compression
+
+
+def compressing(unit: Unit, **settings: Any) -> Unit:
+    """Have the client agree to compression."""
+    takeover = settings.get("context_takeover", False)
+    agreement = Agreement("permessage-deflate", 15, 15, takeover, takeover)
+    unit.sender.deflater = Deflater(Compression(**settings), agreement)
+    return unit
+
+
+def inflated(data: bytes) -> list[bytes]:
+    """The messages of a client without context takeover."""
+    found = []
+    while data:
+        start, length = frame_size(data, 0)
+        payload = data[start : start + length]
+        if data[0] & 0x40:
+            payload = zlib.decompressobj(-15).decompress(payload + b"\x00\x00\xff\xff")
+        found.append(payload)
+        data = data[start + length :]
+    return found
+
+
+def test_a_message_is_compressed_for_who_agreed_to_it_if_it_is_long_enough() -> None:
+    long, short = b"x" * 128, b"x" * 127
+    plain, unit = Unit(), compressing(Unit())
+    for each in (plain, unit):
+        each.sender.queue_message(TEXT, long)
+        each.sender.queue_message(TEXT, short)
+        each.sender.queue_message(BINARY, long)
+        each.ticks.end()
+    frames = [encode_frame(TEXT, long), encode_frame(TEXT, short), encode_frame(BINARY, long)]
+    assert plain.kernel.taken == b"".join(frames)
+    assert len(unit.kernel.taken) < len(encode_frame(TEXT, short)) + 40
+    assert inflated(unit.kernel.taken) == [long, short, long]
+
+
+def test_an_empty_message_is_never_compressed() -> None:
+    unit = compressing(Unit(), threshold=1)
+    unit.sender.queue_message(TEXT, b"")
+    assert unit.kernel.taken == encode_frame(TEXT, b"")
+
+
+async def test_the_bound_counts_what_leaves_not_what_was_compressed() -> None:
+    unit = compressing(Unit(outbox=4 * KIB)).blocked()
+    for number in range(5):
+        unit.sender.queue_message(TEXT, b"%d" % number * 100 * KIB)
+        unit.ticks.end()
+    assert unit.owner.told == []
+    assert inflated((await unit.drain())[1:]) == [b"%d" % n * 100 * KIB for n in range(5)]
+    noise = random.Random(1).randbytes(3 * KIB)
+    unit = compressing(Unit(outbox=4 * KIB)).blocked()
+    for _ in "12":
+        assert unit.owner.told == []
+        unit.sender.queue_message(BINARY, noise)
+        unit.ticks.end()
+    assert unit.owner.told == ["Limits.outbox, Limits.outbox_messages"]
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+async def test_a_compressed_direct_send_is_never_dropped(policy: SlowConsumers) -> None:
+    unit = compressing(Unit(policy=policy, outbox_messages=4)).blocked()
+    unit.sender.queue_message(TEXT, b"d" * 200)
+    unit.ticks.end()
+    for number in range(10):
+        unit.sender.queue(encode_frame(TEXT, b"%d" % number))
+        unit.ticks.end()
+    assert len(unit.owner.drops) == 8
+    messages = inflated((await unit.drain())[1:])
+    assert messages[0] == b"d" * 200
+    assert messages[1:] == ([b"0", b"1"] if policy == "drop_newest" else [b"8", b"9"])
+
+
+def test_with_context_takeover_frames_leave_in_the_order_they_were_compressed() -> None:
+    unit = compressing(Unit(), context_takeover=True)
+    words = [b"%d: what one says to the others; " % number * 10 for number in range(20)]
+    for word in words:
+        unit.sender.queue_message(TEXT, word)
+    unit.ticks.end()
+    data, client, seen = unit.kernel.taken, zlib.decompressobj(-15), []
+    while data:
+        start, length = frame_size(data, 0)
+        assert data[0] == 0xC1
+        payload = data[start : start + length]
+        seen.append(client.decompress(payload + b"\x00\x00\xff\xff"))
+        data = data[start + length :]
+    assert seen == words

@@ -275,7 +275,7 @@ def test_accepting_joins_the_room_in_one_step() -> None:
     link = FakeLink(accepted=False)
     ws = websocket(link, registry=registry)
     assert ws not in ws.room
-    ws.accept("chat", [("x-a", "1")])
+    ws.accept("chat", {"x-a": "1"})
     assert link.answer == ("chat", [("x-a", "1")])
     assert ws.subprotocol == "chat"
     assert ws in ws.room
@@ -485,3 +485,28 @@ def test_a_reason_is_text() -> None:
     reason: Any = 4
     with pytest.raises(TypeError, match="reason"):
         websocket(FakeLink()).close(1000, reason)
+
+
+# Compression is the link's business: it gets what is to be sent, and not a frame of it
+
+
+@pytest.mark.parametrize(
+    ("send", "message"),
+    [
+        (lambda ws: ws.send_text("h\u00e9"), (TEXT, b"h\xc3\xa9")),
+        (lambda ws: ws.send_bytes(bytearray(b"\x00")), (BINARY, b"\x00")),
+        (lambda ws: ws.send_json({"a": 1}), (TEXT, b'{"a":1}')),
+    ],
+    ids=["text", "bytes", "json"],
+)
+def test_the_link_is_given_the_kind_of_a_message_and_its_bytes(
+    send: Callable[[WebSocket], Any], message: tuple[int, bytes]
+) -> None:
+    class Recorder(FakeLink):
+        def send(self, opcode: int, payload: bytes) -> None:
+            given.append((opcode, payload))
+
+    given: list[tuple[int, bytes]] = []
+    send(websocket(Recorder()))
+    assert given == [message]
+    assert type(given[0][1]) is bytes

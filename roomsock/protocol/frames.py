@@ -18,6 +18,8 @@ PONG = 0xA
 
 FIN = 0x80
 MASKED = 0x80
+#: The message is compressed (RFC 7692, section 6).
+RSV1 = 0x40
 
 #: Bytes a close reason may have: a control frame holds 125, two of them are the code (5.5.1).
 CLOSE_REASON_SIZE = 123
@@ -26,7 +28,7 @@ _LENGTH_16 = Struct("!BBH").pack
 _LENGTH_64 = Struct("!BBQ").pack
 _SMALL_HEADERS = {
     opcode: tuple(bytes((FIN | opcode, length)) for length in range(126))
-    for opcode in (TEXT, BINARY, CLOSE, PING, PONG)
+    for opcode in (TEXT, BINARY, CLOSE, PING, PONG, RSV1 | TEXT, RSV1 | BINARY)
 }
 
 

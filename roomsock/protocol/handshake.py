@@ -24,6 +24,8 @@ import h11
 from roomsock.http import Address, Request
 from roomsock.limits import Limits
 
+from .deflate import Agreement, Compression, negotiate, parse_offers
+
 # The methods that act on a resource (RFC 9110, section 9.3; RFC 5789), allowed there or not.
 _METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 
@@ -134,12 +136,16 @@ class Handshake:
         limits: The limits of header block, header fields, request target and body.
         client: ``(host, port)`` of the peer; None on a unix socket.
         scheme: ``"http"`` or ``"https"``.
+        compression: What to agree on if the client offers it; None declines.
+
+    Attributes:
+        agreement: What was agreed on about compression, from ``UpgradeRequested`` on.
     """
 
     __slots__ = (
-        "_accept_key", "_body", "_client", "_done", "_h11", "_head", "_left",
+        "_accept_key", "_body", "_client", "_compression", "_done", "_h11", "_head", "_left",
         "_limits", "_line", "_lines", "_request", "_room", "_scheme", "_subprotocols", "_syntax",
-        "_trailing",
+        "_trailing", "agreement",
     )  # fmt: skip
 
     def __init__(
@@ -148,6 +154,7 @@ class Handshake:
         *,
         client: Address | None = None,
         scheme: str = "http",
+        compression: Compression | None = None,
     ) -> None:
         self._limits = limits
         self._client = client
@@ -166,6 +173,8 @@ class Handshake:
         self._subprotocols: tuple[str, ...] = ()
         self._trailing = bytearray()
         self._done = False
+        self._compression = compression
+        self.agreement: Agreement | None = None
 
     @property
     def trailing_data(self) -> bytes:
@@ -226,6 +235,8 @@ class Handshake:
                     f"{list(self._subprotocols)}"
                 )
             ours.append(("Sec-WebSocket-Protocol", subprotocol))
+        if self.agreement is not None:
+            ours.append(("Sec-WebSocket-Extensions", self.agreement.header))
         ours += _foreign_headers(headers, _FRAMING_101)
         return self._write(h11.InformationalResponse, 101, ours)
 
@@ -386,6 +397,12 @@ class Handshake:
         offered = _tokens(fields[b"sec-websocket-protocol"])
         if len(set(offered)) < len(offered) or not all(map(_TOKEN.fullmatch, offered)):
             return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
+        # Item 9.
+        offers = parse_offers(fields[b"sec-websocket-extensions"])
+        if offers is None:
+            return Refused(400, "malformed handshake: Sec-WebSocket-Extensions")
+        if self._compression is not None:
+            self.agreement = negotiate(offers, self._compression)
         digest = sha1(keys[0] + _GUID, usedforsecurity=False).digest()
         self._accept_key = b64encode(digest).decode()
         self._subprotocols = tuple(token.decode() for token in offered)

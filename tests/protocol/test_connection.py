@@ -1,11 +1,12 @@
 """One connection after its handshake: tables of bytes, each fed whole, byte by byte and split.
 
 The frames a client sends are built by `frame`, which shares no code with roomsock. Section numbers
-are those of RFC 6455.
+are those of RFC 6455 unless they begin with 7692.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -16,15 +17,42 @@ import pytest
 import wsproto.events as ws
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import parse_uri
 from wsproto.connection import Connection as WSProtoConnection
 from wsproto.connection import ConnectionState, ConnectionType
 
 from roomsock.limits import Limits
-from roomsock.protocol.connection import Connection
+from roomsock.protocol import connection as under_test
+from roomsock.protocol.connection import (
+    STEP_FRAMES,
+    STEP_INFLATED,
+    STEP_MESSAGES,
+    Connection,
+)
+from roomsock.protocol.deflate import Agreement
 from roomsock.protocol.events import Event, Failed, PeerClosed, PeerLost, PongReceived
+from tests.fuzz.model import (
+    BINARY,
+    CLOSE,
+    CONT,
+    KEY,
+    PADDING,
+    PING,
+    PONG,
+    TEXT,
+    Rules,
+    by_size,
+    byte_by_byte,
+    deflated,
+    frame,
+    meaning,
+)
+from tests.fuzz.targets import SMALL_STEPS, means, while_closing
 
-CONT, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-KEY = b"\x37\xfa\x21\x3d"  # of the examples in 5.7
 LIMITS = Limits(message=70_000, fragments=6)
 NOW = 1000.0
 
@@ -33,41 +61,6 @@ TAIL_SIZE = 2 + 4 + 125
 
 
 # Building frames
-
-
-def xor(payload: bytes, key: bytes) -> bytes:
-    size = len(payload)
-    stream = (key * (size // 4 + 1))[:size]
-    number = int.from_bytes(payload, "big") ^ int.from_bytes(stream, "big")
-    return number.to_bytes(size, "big")
-
-
-def frame(
-    opcode: int,
-    payload: bytes = b"",
-    *,
-    fin: bool = True,
-    rsv: int = 0,
-    key: bytes | None = KEY,
-    form: int | None = None,
-    length: int | None = None,
-) -> bytes:
-    """A frame as a client sends it, or as none should.
-
-    Args:
-        rsv: The three reserved bits, as a number.
-        key: The masking key; None for an unmasked frame.
-        form: Bits of the length field (7, 16 or 64) if not the fewest.
-        length: What the header declares, if not the payload's length.
-    """
-    if length is None:
-        length = len(payload)
-    if form is None:
-        form = 7 if length < 126 else 16 if length < 65536 else 64
-    short = {7: length, 16: 126, 64: 127}[form]
-    extended = b"" if form == 7 else length.to_bytes(form // 8, "big")
-    header = bytes([fin << 7 | rsv << 4 | opcode, (key is not None) << 7 | short]) + extended
-    return header + (payload if key is None else key + xor(payload, key))
 
 
 def text(payload: str, **how: Any) -> bytes:
@@ -84,19 +77,6 @@ def pong(payload: bytes) -> bytes:
 
 
 # Feeding them
-
-
-def by_size(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    position = 0
-    for size in sizes:
-        yield data[position : position + size]
-        position += size
-        if position >= len(data):
-            return
-
-
-def byte_by_byte(data: bytes) -> Iterator[bytes]:
-    return (data[i : i + 1] for i in range(len(data)))
 
 
 def chunkings(data: bytes) -> Iterator[list[bytes]]:
@@ -144,12 +124,17 @@ def feed(
     for chunk in filter(None, chunks):  # an empty one would be the end of the stream
         events += conn.receive_data(chunk, now)
         sent += conn.data_to_send()
+        while conn.has_more:
+            events += conn.receive_more(now)
+            sent += conn.data_to_send()
         check_held(conn, limits)
     return events, sent
 
 
-def run(chunks: Iterable[bytes], limits: Limits = LIMITS) -> tuple[list[Event], list[bytes]]:
-    return feed(Connection(limits, now=NOW), chunks, limits)
+def run(
+    chunks: Iterable[bytes], limits: Limits = LIMITS, agreement: Agreement | None = None
+) -> tuple[list[Event], list[bytes]]:
+    return feed(Connection(limits, now=NOW, agreement=agreement), chunks, limits)
 
 
 class Fails(NamedTuple):
@@ -381,6 +366,168 @@ def test_bytes_become_events_however_they_are_split(row: Row) -> None:
         assert run(chunks) == (whole, sent)
 
 
+def test_every_other_close_code_is_taken_or_refused_by_its_range() -> None:
+    """7.4.1, 7.4.2 and the IANA registry; the rows above feed the edges in pieces."""
+    for code in range(65536):
+        events = Connection(LIMITS, now=NOW).receive_data(close(code), NOW)
+        if (1000 <= code < 1015 and code not in (1004, 1005, 1006)) or 3000 <= code < 5000:
+            assert events == [PeerClosed(code, "")]
+        else:
+            assert plain(events) == [Fails(1002)]
+
+
+ALONE = Agreement("", 15, 15, False, False)
+TAKEOVER = Agreement("", 15, 15, True, True)
+EITHER = pytest.mark.parametrize("agreement", [ALONE, TAKEOVER], ids=["alone", "takeover"])
+
+
+def packed(message: str | bytes, *, how: dict[str, Any] | None = None, **flags: Any) -> bytes:
+    """A compressed message in one frame.
+
+    Args:
+        how: Arguments of `deflated`.
+    """
+    is_text = isinstance(message, str)
+    data = message.encode() if isinstance(message, str) else message
+    return frame(TEXT if is_text else BINARY, deflated(data, **(how or {})), rsv=4, **flags)
+
+
+def packed_in_parts(opcode: int, payload: bytes, *cuts: int, between: bytes = b"") -> bytes:
+    """A compressed payload in fragments; only the first says that it is compressed (7692, 6)."""
+    bounds = [0, *cuts, len(payload)]
+    return between.join(
+        frame(CONT if i else opcode, payload[begin:end], fin=i == len(cuts), rsv=0 if i else 4)
+        for i, (begin, end) in enumerate(zip(bounds, bounds[1:]))  # noqa: B905, RUF007 (3.10)
+    )
+
+
+HELLO = deflated(b"Hello")
+EMPTY = b"\x00"
+COMPRESSED_ROWS = [
+    Row("7692-6-text", packed("Hello"), ["Hello"]),
+    Row("7692-6-binary", packed(b"\xff" * 300), [b"\xff" * 300]),
+    Row("7692-7.2.3.1", bytes.fromhex("c18737fa213dc5b2ecf4fefd21"), ["Hello"]),
+    Row("7692-7.2.3.6-empty", frame(TEXT, EMPTY, rsv=4) + frame(BINARY, EMPTY, rsv=4), ["", b""]),
+    Row("7692-7.2.3.4-final", packed("Hello", how={"final": True}) * 2, ["Hello"] * 2),
+    Row("7692-6-uncompressed-in-between",
+        packed("a") + text("b") + frame(TEXT, b"c", fin=False) + frame(CONT, b"d") + packed(b"e")
+        + frame(BINARY, b"f"), ["a", "b", "cd", b"e", b"f"]),
+    Row("7692-6-larger-than-a-16-bit-length",
+        packed(bytes(range(256)) * 260, how={"level": 0}) + packed("next"),
+        [bytes(range(256)) * 260, "next"]),
+    *(
+        Row(f"7692-6-fragments-cut-at-{cut}",
+            packed_in_parts(TEXT, HELLO, cut, between=frame(PING, b"p")) + packed("next"),
+            ["Hello", "next"], [pong(b"p")])
+        for cut in range(len(HELLO) + 1)
+    ),
+    Row("7692-6-empty-fragments",
+        packed_in_parts(BINARY, HELLO, 0, 0, 3, len(HELLO), between=frame(PONG)), [b"Hello"]),
+    Row("7692-6-character-across-fragments",
+        packed_in_parts(TEXT, deflated(SPLIT, level=0), 6, 8, 9, 11), ["κόσμε"]),
+    Row("7692-6-close-between-fragments",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + close(1001, b"bye"), [PeerClosed(1001, "bye")]),
+    # 7692, 6: who may set the bit
+    *(
+        Row(f"7692-6-bit-on-{name}", text("a") + frame(opcode, b"", rsv=4), ["a", Fails(1002)])
+        for name, opcode in (("ping", PING), ("pong", PONG), ("close", CLOSE))
+    ),
+    Row("7692-6-bit-on-continuation",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + frame(CONT, HELLO[3:], rsv=4), [Fails(1002)]),
+    Row("7692-6-bit-on-empty-continuation",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + frame(CONT, rsv=4, fin=False), [Fails(1002)]),
+    Row("7692-6-bit-on-continuation-of-an-uncompressed-message",
+        frame(TEXT, b"a", fin=False) + frame(CONT, HELLO, rsv=4), [Fails(1002)]),
+    *(
+        Row(f"5.2-reserved-bits-{rsv:03b}-though-compressed", frame(TEXT, HELLO, rsv=rsv),
+            [Fails(1002)])
+        for rsv in (1, 2, 3, 5, 6, 7)
+    ),
+    Row("5.1-unmasked-though-compressed", frame(TEXT, HELLO, rsv=4, key=None), [Fails(1002)]),
+    Row("5.2-length-in-too-many-bits", frame(TEXT, HELLO, rsv=4, form=16), [Fails(1002)]),
+    # 5.4: what is out of order is not inflated
+    Row("5.4-text-within-compressed",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + text("b"), [Fails(1002)]),
+    Row("5.4-compressed-within-compressed",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + frame(TEXT, b"\xff" * 9, rsv=4), [Fails(1002)]),
+    Row("5.4-compressed-within-text",
+        frame(TEXT, b"a", fin=False) + frame(TEXT, b"\xff" * 9, rsv=4), [Fails(1002)]),
+    *(
+        Row(f"5.4-continuation-of-nothing-behind-{name}", front + frame(CONT, b"\xff" * 9),
+            ["Hello", Fails(1002)])
+        for name, front in (
+            ("a-message", packed("Hello")), ("fragments", packed_in_parts(TEXT, HELLO, 3))
+        )
+    ),
+    # 7692, 7.2.2; 8.1
+    Row("7692-7.2.2-garbage", packed("a") + frame(BINARY, b"\xff" * 9, rsv=4),
+        ["a", Fails(1007)]),
+    Row("7692-7.2.2-incomplete", frame(BINARY, HELLO[:-3], rsv=4), [Fails(1007)]),
+    Row("7692-7.2.2-nothing", frame(TEXT, b"", rsv=4), [Fails(1007)]),
+    Row("7692-7.2.2-garbage-in-a-fragment",
+        frame(BINARY, HELLO[:3], rsv=4, fin=False) + frame(CONT, b"\xff" * 9), [Fails(1007)]),
+    Row("8.1-invalid-byte-compressed", frame(TEXT, deflated(BAD_TEXT), rsv=4), [Fails(1007)]),
+    Row("8.1-cut-at-the-end-compressed", frame(TEXT, deflated(SPLIT[:3]), rsv=4), [Fails(1007)]),
+    Row("8.1-invalid-across-compressed-fragments",
+        packed_in_parts(TEXT, deflated(b"\xcex", level=0), 6), [Fails(1007)]),
+    Row("8.1-binary-need-not-be-compressed", packed(BAD_TEXT), [BAD_TEXT]),
+    Row("8.1-reason-not-utf-8-within-a-compressed-message",
+        frame(TEXT, HELLO[:3], rsv=4, fin=False) + close(1000, b"\xff"), [Fails(1007)]),
+    # limits: the message as inflated
+    Row("limit-compressed", packed("x" * 70_000), ["x" * 70_000]),
+    Row("limit-compressed-and-one", packed("x" * 70_001), [Fails(1009)]),
+    Row("limit-compressed-fragments",
+        packed_in_parts(BINARY, deflated(bytes(70_000)), 9, 30), [bytes(70_000)]),
+    Row("limit-compressed-fragments-and-one",
+        packed_in_parts(BINARY, deflated(bytes(70_001)), 9, 30), [Fails(1009)]),
+    Row("limit-bomb", packed("good") + packed(bytes(10**7)), ["good", Fails(1009)]),
+    Row("limit-yields-to-invalid-text-in-front",
+        frame(TEXT, deflated(b"x" * 69_999 + b"\xff" * 9), rsv=4), [Fails(1007)]),
+    Row("limit-comes-before-invalid-text-behind",
+        frame(TEXT, deflated(b"x" * 70_001 + b"\xff" * 9), rsv=4), [Fails(1009)]),
+    Row("limit-within-a-character", packed("x" * 69_999 + "€" * 9), [Fails(1009)]),
+    Row("limit-compressed-is-for-each-message",
+        packed("x" * 60_000) + packed_in_parts(BINARY, deflated(bytes(60_000)), 5) + packed("y"),
+        ["x" * 60_000, bytes(60_000), "y"]),
+    Row("limit-of-what-comes", frame(BINARY, length=140_065, rsv=4), [Fails(1009)]),
+    Row("limit-of-what-comes-in-fragments",
+        frame(BINARY, HELLO[:5], rsv=4, fin=False) + frame(CONT, length=140_060), [Fails(1009)]),
+    Row("limit-of-what-comes-yields-to-no-mask",
+        frame(BINARY, length=140_065, rsv=4, key=None), [Fails(1002)]),
+    Row("limit-fragments-compressed", packed_in_parts(TEXT, HELLO, *[1] * 6), [Fails(1009)]),
+]  # fmt: skip
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name)
+        for row in (*COMPRESSED_ROWS, *ROWS[::3])
+        if not row.name.startswith("5.2-reserved-bits-100-on-")  # which was agreed on
+    ],
+)
+def test_compressed_bytes_become_events_however_they_are_split(
+    row: Row, agreement: Agreement
+) -> None:
+    """Also in their words; what is not compressed means what it means without compression."""
+    whole, sent = run([row.data], agreement=agreement)
+    assert (plain(whole), sent) == (row.events, row.sent)
+    for chunks in chunkings(row.data):
+        assert run(chunks, agreement=agreement) == (whole, sent)
+
+
+def test_what_cannot_be_compressed_may_come_in_more_bytes_than_it_is() -> None:
+    """The limit is one of messages; sync flushes and stored blocks take room as well."""
+    conn = Connection(LIMITS, now=NOW, agreement=ALONE)
+    assert feed(conn, [frame(BINARY, length=140_064, rsv=4)]) == ([], [])
+    noise = bytes(i * i % 251 for i in range(70_000))
+    stored = packed(noise, how={"level": 0})
+    assert len(stored) > 70_014
+    for chunks in chunkings(stored):
+        assert run(chunks, agreement=ALONE)[0] == [noise]
+
+
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])
 @pytest.mark.parametrize("size", [65535, 65536])
 def test_a_large_frame_may_come_byte_by_byte(opcode: int, size: int) -> None:
@@ -478,8 +625,32 @@ def test_a_message_above_the_limit_is_refused_when_its_length_is_known(
         (frame(CONT, b"a"), Failed(1002, "unexpected CONTINUATION")),
     ],
 )
-def test_a_failure_says_what_was_wrong(data: bytes, event: Failed) -> None:
-    assert run([data])[0] == [event]
+@pytest.mark.parametrize("agreement", [None, ALONE], ids=["plain", "compression"])
+def test_a_failure_says_what_was_wrong(
+    data: bytes, event: Failed, agreement: Agreement | None
+) -> None:
+    assert run([data], agreement=agreement)[0] == [event]
+
+
+@pytest.mark.parametrize(
+    ("data", "event"),
+    [
+        (packed("x" * 70_001), Failed(1009, "message above 70000 bytes (Limits.message)")),
+        (
+            frame(BINARY, length=140_065, rsv=4),
+            Failed(1009, "message above 70000 bytes (Limits.message)"),
+        ),
+        (frame(BINARY, b"\xff\xff", rsv=4), Failed(1007, "invalid UTF-8 or compressed data")),
+        (
+            frame(TEXT, deflated(b"\xff"), rsv=4),
+            Failed(1007, "invalid UTF-8 or compressed data"),
+        ),
+        (frame(CONT, HELLO, rsv=4), Failed(1002, "Reserved bit set unexpectedly")),
+    ],
+)
+def test_a_failure_of_what_is_compressed_says_what_was_wrong(data: bytes, event: Failed) -> None:
+    for chunks in ([data], byte_by_byte(data)):
+        assert run(chunks, agreement=TAKEOVER)[0] == [event]
 
 
 def test_every_reason_fits_into_a_close_frame() -> None:
@@ -511,7 +682,20 @@ def test_a_message_in_tiny_reads_costs_little_more_than_its_bytes(opcode: int, f
     feed(conn, by_size(data[:-1], cycle([20, *[2] * 1000])), limits)
     store = conn._collect._masked if conn._collect is not None else conn._chunks
     assert 99_000 <= store.tell() <= 100_000
-    assert store.__sizeof__() < 500_000  # four bytes a character, and room to grow
+    assert store.__sizeof__() < 200_000  # a byte each, and room to grow
+
+
+def test_a_character_of_four_bytes_does_not_make_the_others_as_large() -> None:
+    """A few compressed bytes would hold four times Limits.message."""
+    limits = Limits(message=100_000)
+    message = "😀\r\n" + "a" * 90_000
+    payload = deflated(message.encode())
+    conn = Connection(limits, now=NOW, agreement=ALONE)
+    feed(conn, [frame(TEXT, payload, rsv=4, fin=False)], limits)
+    assert conn._chunks is not None
+    assert conn._chunks.tell() >= 90_000
+    assert conn._chunks.__sizeof__() < 200_000
+    assert feed(conn, [frame(CONT)], limits)[0] == [message]
 
 
 @pytest.mark.parametrize(
@@ -545,6 +729,179 @@ def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result()
         feed(conn, [data[:cut]])
         assert (conn._collect is not None) == (cut >= 14)
         assert feed(conn, [data[cut:] + text("next")])[0] == [payload, "next"]
+
+
+# Steps: no read keeps the others waiting
+
+
+READ = 64 * 1024
+
+
+def full(unit: bytes) -> bytes:
+    """A read of as many as fit."""
+    return unit * (READ // len(unit))
+
+
+FLOODS = [
+    pytest.param(full(frame(PING)), 80, id="5.5.2-pings"),
+    pytest.param(full(frame(PONG, b"?")), 70, id="5.5.3-pongs"),
+    pytest.param(full(frame(TEXT, fin=False) + frame(CONT)), 80, id="5.4-empty-fragments"),
+    pytest.param(
+        frame(BINARY, fin=False) + full(frame(CONT, fin=False)), 80, id="5.4-one-message-in-many"
+    ),
+    pytest.param(full(text("")), 10, id="empty-messages"),
+    pytest.param(full(text("a") + frame(PING)), 35, id="messages-and-pings"),
+    pytest.param(full(frame(TEXT, EMPTY, rsv=4)), 15, id="7692-empty-messages"),
+    pytest.param(full(packed(b"bomb" * 25_000)), 50, id="7692-bombs"),
+    pytest.param(full(packed_in_parts(BINARY, deflated(bytes(10**5)), 9)), 50, id="7692-in-parts"),
+    pytest.param(
+        full(frame(BINARY, b"\x03\x00" * 99 + EMPTY, rsv=4)), 50, id="7692-7.2.3.4-final-blocks"
+    ),
+]
+STEP_LIMITS = Limits(message=10**5)
+
+
+def in_steps(conn: Connection, data: bytes) -> Iterator[tuple[list[Event], list[bytes]]]:
+    events = conn.receive_data(data, NOW)
+    while True:
+        yield events, conn.data_to_send()
+        if not conn.has_more:
+            return
+        events = conn.receive_more(NOW)
+
+
+@pytest.mark.parametrize(("flood", "least"), FLOODS)
+def test_a_read_of_many_is_taken_in_steps_of_some(flood: bytes, least: int) -> None:
+    conn = Connection(STEP_LIMITS, now=NOW, agreement=TAKEOVER)
+    events: list[Event] = []
+    sent: list[bytes] = []
+    steps = 0
+    for happened, due in in_steps(conn, flood):
+        assert len(happened) < 2 * STEP_MESSAGES
+        assert len(due) <= STEP_FRAMES
+        assert conn.inflated < STEP_INFLATED + 2 * STEP_LIMITS.message
+        events += happened
+        sent += due
+        steps += 1
+    assert steps >= least
+    # the same as in reads so small that a step takes them whole
+    pieces = Connection(STEP_LIMITS, now=NOW, agreement=TAKEOVER)
+    expected: tuple[list[Event], list[bytes]] = ([], [])
+    for chunk in by_size(flood, cycle([150])):
+        expected[0].extend(pieces.receive_data(chunk, NOW))
+        expected[1].extend(pieces.data_to_send())
+        assert not pieces.has_more
+    assert (events, sent) == expected
+    assert not any(isinstance(event, Failed) for event in events)
+
+
+def test_a_read_of_large_messages_is_taken_at_once() -> None:
+    conn = Connection(LIMITS, now=NOW)
+    assert conn.receive_data(frame(BINARY, bytes(60_000)) + text("a"), NOW) == [bytes(60_000), "a"]
+    assert not conn.has_more
+    assert conn.inflated == 0
+    assert conn.receive_more(NOW) == []
+
+
+def test_what_is_inflated_is_told_for_each_step() -> None:
+    conn = Connection(LIMITS, now=NOW, agreement=ALONE)
+    conn.receive_data(packed(bytes(5000)), NOW)
+    assert 5000 < conn.inflated < 10_000
+    conn.receive_data(packed_in_parts(BINARY, deflated(bytes(300)), 3), NOW)
+    assert 300 < conn.inflated < 5000
+    conn.receive_data(text("a"), NOW)
+    assert conn.inflated == 0
+
+
+@pytest.mark.parametrize("flood", [full(frame(PING)), full(text(""))], ids=["frames", "messages"])
+@pytest.mark.parametrize(
+    ("last", "event"),
+    [
+        (close(1000, b"bye"), PeerClosed(1000, "bye")),
+        (frame(3), Failed(1002, "Invalid opcode 0x3")),
+        (frame(PING) + close(1014), PeerClosed(1014, "")),
+    ],
+)
+def test_the_end_in_the_last_step_is_found(flood: bytes, last: bytes, event: Event) -> None:
+    conn = Connection(LIMITS, now=NOW)
+    *before, (events, _) = in_steps(conn, flood + last + text("late"))
+    assert len(before) > 5
+    assert events[-1] == event
+    assert not any(isinstance(each, (PeerClosed, Failed)) for step, _ in before for each in step)
+    assert conn.close_received
+    assert not conn.has_more
+    assert conn.receive_more(NOW) == []
+
+
+def test_more_may_be_read_before_the_rest_was_taken() -> None:
+    conn = Connection(LIMITS, now=NOW)
+    flood = full(text(""))
+    events = conn.receive_data(flood + text("behind")[:5], NOW)
+    assert conn.has_more
+    events += conn.receive_data(text("behind")[5:], NOW)
+    while conn.has_more:
+        events += conn.receive_more(NOW)
+    assert events == [""] * (len(flood) // 6) + ["behind"]
+
+
+def test_the_end_of_the_stream_may_come_before_the_rest_was_taken() -> None:
+    """Whoever wants the rest takes it first."""
+    conn = Connection(LIMITS, now=NOW)
+    conn.receive_data(full(frame(PING)) + close(1000), NOW)
+    assert conn.has_more
+    assert conn.receive_data(b"", NOW) == [PeerLost()]
+    assert not conn.has_more
+    assert conn.receive_more(NOW) == []
+    check_held(conn, LIMITS)
+
+
+def test_our_close_may_come_before_the_rest_was_taken() -> None:
+    conn = Connection(LIMITS, now=NOW)
+    conn.receive_data(full(frame(PING) + text("a")) + close(1001), NOW)
+    assert conn.has_more
+    conn.close(1000)
+    events, steps = [], 0
+    while conn.has_more:
+        events += conn.receive_more(NOW)
+        assert conn.data_to_send() == []
+        steps += 1
+    assert events == [PeerClosed(1001, "")]
+    assert steps > 5
+
+
+def test_the_rest_of_a_read_is_no_message_that_takes_long() -> None:
+    conn = slow()
+    conn.receive_data(full(frame(PING)), NOW)
+    while conn.has_more:
+        assert conn.next_deadline() == inf
+        conn.receive_more(NOW + 100)
+    assert conn.next_deadline() == inf
+
+
+def test_a_message_begun_by_the_rest_of_a_read_takes_from_then_on() -> None:
+    conn = slow()
+    conn.receive_data(full(frame(PING)) + text("hello")[:5], NOW)
+    while conn.has_more:
+        assert conn.next_deadline() == inf
+        conn.receive_more(NOW + 100)
+    assert conn.next_deadline() == NOW + 160
+
+
+def test_a_message_that_takes_many_steps_is_timed_from_its_first() -> None:
+    conn = slow()
+    conn.receive_data(frame(BINARY, fin=False) + full(frame(CONT, fin=False)), NOW)
+    while conn.has_more:
+        assert conn.next_deadline() == NOW + 60
+        conn.receive_more(NOW + 30)
+    assert conn.next_deadline() == NOW + 60
+
+
+def test_the_rate_is_held_against_all_steps() -> None:
+    conn = Connection(Limits(message_rate=200.0), now=NOW)
+    steps = [events for events, _ in in_steps(conn, full(text("")))]
+    assert [len(events) for events in steps] == [STEP_MESSAGES, 2000 - STEP_MESSAGES + 1]
+    assert plain(steps[-1][-1:]) == [Fails(1008)]
+    assert not conn.has_more
 
 
 # Time: messages
@@ -1033,8 +1390,6 @@ def reference(data: bytes) -> tuple[list[Any], list[bytes]]:
     return events, pongs
 
 
-#: Ends every wait of ours: we judge a control frame when it is whole, wsproto by its header.
-PADDING = bytes(300)
 NO_LIMITS = Limits(message=2**63, fragments=10**9)
 
 
@@ -1092,3 +1447,213 @@ def test_every_first_and_second_byte_is_the_same_to_us_and_to_wsproto(
             data[where] = value
             events, pongs = run([bytes(data)], NO_LIMITS)
             assert (plain(events), pongs) == reference(bytes(data)), data[:2].hex()
+
+
+# Everything at once, held against a model
+
+
+agreements = st.sampled_from([None, None, ALONE, TAKEOVER, Agreement("", 9, 9, True, True)])
+
+
+class Lawful(NamedTuple):
+    """A message, and how a client sends it."""
+
+    payload: bytes
+    is_text: bool
+    compressed: bool
+    final: bool
+    parts: list[int]
+    between: bytes
+
+
+@st.composite
+def lawful_messages(draw: st.DrawFn) -> Lawful:
+    is_text = draw(st.booleans())
+    # said again and again, so that with takeover there is something to refer to
+    unit = draw(st.sampled_from([b"hello, world ", "κόσμε, ".encode(), "😀".encode() * 9]))
+    if not draw(st.integers(0, 3)):
+        unit = draw(st.text(max_size=30).map(str.encode) if is_text else st.binary(max_size=60))
+    return Lawful(
+        unit * draw(st.sampled_from([1, 1, 5, 30])),
+        is_text,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.lists(st.integers(0, 40), max_size=3)),
+        draw(st.sampled_from([b"", b"", frame(PING, b"between"), frame(CONT, fin=False)])),
+    )
+
+
+cuts = st.tuples(
+    st.lists(st.sampled_from([1, 2, 3, 7, 50, 1000, 1000]), min_size=1, max_size=5),
+    st.sampled_from([0, 0, 1, 3, 10]),
+)
+
+
+class AnyLife(RuleBasedStateMachine):
+    """A connection to which anything happens, in steps so small that every read takes several.
+
+    At the end all that was fed is read by the model: the events must be the same, whatever was
+    sent in between, up to what time put an end to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        for name, value in SMALL_STEPS.items():
+            self.patch.setattr(under_test, name, value)
+
+    @initialize(agreement=agreements, message=st.sampled_from([50, 400, 5000]))
+    def begin(self, agreement: Agreement | None, message: int) -> None:
+        self.limits = Limits(message=message, fragments=8)
+        self.terms = Rules(message, 8)
+        if agreement is not None:
+            self.terms = Rules(message, 8, True, agreement.client_takeover, agreement.client_bits)
+        self.conn = Connection(self.limits, (20.0, 10.0), now=NOW, agreement=agreement)
+        self.now = NOW
+        self.stream = self.held = self.said = b""
+        self.events: list[Event] = []
+        self.sent: list[bytes] = []
+        self.pings: dict[bytes, float] = {}
+        self.before_close: int | None = None
+        self.out_of_time = False
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, PongReceived):
+                assert event.sent_at in self.pings.values()
+            else:
+                self.events.append(event)
+        self.sent += self.conn.data_to_send()
+
+    def take_rest(self) -> None:
+        while self.conn.has_more:
+            self.take(self.conn.receive_more(self.now))
+        check_held(self.conn, self.limits)
+
+    def receive(self, data: bytes, cut: tuple[list[int], int]) -> None:
+        """Feed it in pieces; so many bytes of it come later, and so may the rest of a step."""
+        sizes, held = cut
+        data = self.held + data
+        self.held = data[len(data) - held :] if held else b""
+        data = data[: len(data) - held]
+        self.stream += data
+        for chunk in filter(None, by_size(data, cycle(sizes))):
+            self.take_rest()
+            self.take(self.conn.receive_data(chunk, self.now))
+
+    @rule(messages=st.lists(lawful_messages(), min_size=1, max_size=5), cut=cuts)
+    def receives_messages(self, messages: list[Lawful], cut: tuple[list[int], int]) -> None:
+        self.receive(b"".join(map(self.frames_of, messages)), cut)
+
+    def frames_of(self, message: Lawful) -> bytes:
+        payload = message.payload
+        if len(payload) > self.limits.message and len(message.parts) < 3:  # seldom too big
+            payload = payload[: self.limits.message]
+            payload = payload.decode("utf-8", "ignore").encode() if message.is_text else payload
+        opcode = TEXT if message.is_text else BINARY
+        compressed = message.compressed and self.terms.compressed
+        if compressed:
+            payload = self.compressed(payload, message.final)
+        bounds = sorted(min(part, len(payload)) for part in message.parts)
+        if compressed:
+            return packed_in_parts(opcode, payload, *bounds, between=message.between)
+        return message.between.join(
+            frame(CONT if i else opcode, payload[begin:end], fin=i == len(bounds))
+            for i, (begin, end) in enumerate(zip([0, *bounds], [*bounds, None], strict=True))
+        )
+
+    def compressed(self, payload: bytes, final: bool) -> bytes:
+        """With takeover it refers to what was said before."""
+        history = self.said if self.terms.takeover else b""
+        self.said = (history + payload)[-(1 << self.terms.bits) :]
+        compressor = zlib.compressobj(6, zlib.DEFLATED, -self.terms.bits, zdict=history)
+        data = compressor.compress(payload)
+        if final:
+            return data + compressor.flush(zlib.Z_FINISH) + EMPTY
+        return (data + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+    @rule(
+        pings=st.lists(st.binary(max_size=9).map(lambda data: frame(PING, data)), max_size=5),
+        cut=cuts,
+    )
+    def receives_pings(self, pings: list[bytes], cut: tuple[list[int], int]) -> None:
+        self.receive(b"".join(pings), cut)
+
+    @rule(cut=cuts)
+    def receives_the_answer_to_a_ping(self, cut: tuple[list[int], int]) -> None:
+        if self.pings:
+            self.receive(frame(PONG, list(self.pings)[-1]), cut)
+
+    @precondition(lambda self: len(self.stream) > 60)
+    @rule(
+        pieces=st.lists(st.one_of(framelike(), st.binary(max_size=20)), min_size=1, max_size=4),
+        cut=cuts,
+    )
+    def receives_anything(self, pieces: list[bytes], cut: tuple[list[int], int]) -> None:
+        self.receive(b"".join(pieces), cut)
+
+    @rule()
+    def takes_the_rest(self) -> None:
+        self.take_rest()
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 9.0, 10.0, 20.0]), reading=st.booleans())
+    def time_goes_by(self, seconds: float, reading: bool) -> None:
+        self.now += seconds
+        for event in self.conn.handle_timeout(self.now, reading=reading and not self.conn.has_more):
+            assert isinstance(event, Failed)
+            assert event.code in (1008, 1011)
+            self.out_of_time = True
+        for due in self.conn.data_to_send():
+            self.sent.append(due)
+            self.pings[due[2:]] = self.now
+        assert self.conn.next_deadline() > self.now or not reading or self.conn.has_more
+
+    @precondition(lambda self: self.before_close is None and len(self.stream) > 60)
+    @rule(code=st.sampled_from([1000, 1001, 1005, 4999]), reason=st.text(max_size=50))
+    def closes(self, code: int, reason: str) -> None:
+        self.before_close = len(self.events)
+        self.sent += self.conn.data_to_send()
+        self.sent.append(self.conn.close(code, reason))
+        assert self.conn.close(1000) == b""
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "conn"):
+                self.check_life()
+        finally:
+            self.patch.undo()
+
+    def check_life(self) -> None:
+        self.receive(PADDING, ([1000], 0))
+        self.take_rest()
+        expected, pings = meaning(self.stream, self.terms)
+        if self.before_close is not None:
+            rest = while_closing(expected[self.before_close :])
+            expected = expected[: self.before_close] + rest
+        if self.out_of_time:
+            expected = expected[: len(self.events)]
+        assert means(self.events, expected), (self.events, expected)
+        self.check_sent(pings)
+        self.take(self.conn.receive_data(b"", self.now))
+        assert not self.conn.has_more
+        assert self.conn.next_deadline() == inf
+
+    def check_sent(self, pings: list[bytes]) -> None:
+        """An independent client takes it all, and finds its pings answered in their order."""
+        client = ClientProtocol(parse_uri("ws://test/"), state=State.OPEN)
+        client.receive_data(b"".join(self.sent))
+        assert client.parser_exc is None
+        if self.before_close is not None:
+            assert client.close_rcvd is not None
+            assert self.sent[-1][0] == 0x80 | CLOSE  # 5.5.1: nothing behind it
+        frames = [each for each in client.events_received() if isinstance(each, Frame)]
+        pongs = [each.data for each in frames if each.opcode is Opcode.PONG]
+        ours = [each.data for each in frames if each.opcode is Opcode.PING]
+        assert pongs == pings[: len(pongs)]
+        assert ours == list(self.pings)
+        if self.before_close is None and not self.out_of_time:
+            assert len(pongs) == len(pings)
+
+
+TestAnyLife = AnyLife.TestCase
+TestAnyLife.settings = settings(max_examples=300, stateful_step_count=15, deadline=None)
