@@ -8,10 +8,13 @@ same on all loops: a synchronous attempt, and ``wait_writable`` only when the ke
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import select
 import socket
 import ssl
+import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,6 +58,9 @@ class Transport(Protocol):
 
     def is_broken(self) -> bool:
         """Whether the peer has reset the connection; known also while nobody reads."""
+
+    def unacknowledged(self) -> int:
+        """Bytes that our kernel holds for the peer's machine; 0 where the system does not tell."""
 
     def wake(self) -> None:
         """Make a waiting `receive` return None."""
@@ -147,6 +153,14 @@ class SocketTransport:
         poll = select.poll()
         poll.register(self._sock, 0)  # errors are told unasked
         return bool(poll.poll(0))
+
+    def unacknowledged(self) -> int:
+        """See `Transport`. (tcp(7), SIOCOUTQ, which is the same number.)"""
+        try:
+            held = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return 0
+        return int.from_bytes(held, sys.byteorder)
 
     def wake(self) -> None:
         """See `Transport`."""
@@ -326,6 +340,9 @@ class TLSTransport:
             self._eof = True
         with suppress(OSError):
             self._flush()  # tickets and alerts
+        # What we send is a block at a time. The rest answers what the peer asked of TLS (a new key:
+        # RFC 8446, section 4.6.3), and who asks and never reads would fill the memory.
+        self._eof = self._eof or len(self._unsent) > 2 * ENCRYPT_SIZE
         return b"".join(parts)
 
     def send(self, data: bytes) -> int:
@@ -368,6 +385,10 @@ class TLSTransport:
     def is_broken(self) -> bool:
         """See `Transport`."""
         return self._raw.is_broken()
+
+    def unacknowledged(self) -> int:
+        """See `Transport`."""
+        return self._raw.unacknowledged()
 
     def wake(self) -> None:
         """See `Transport`."""

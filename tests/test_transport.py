@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -17,10 +18,10 @@ import anyio
 import anyio.to_thread
 import pytest
 import trio
-import trustme
 from anyio.lowlevel import checkpoint
 
 from roomsock.transport import (
+    ENCRYPT_SIZE,
     READ_SIZE,
     AsyncioTransport,
     SocketTransport,
@@ -176,6 +177,35 @@ async def test_a_write_that_fails_first_hides_no_reset(connect: Callable[[], Pai
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             transport.send(b"y")
     assert got[-1] == b""
+    transport.close()
+
+
+async def test_what_the_peer_has_not_taken_is_known(connect: Callable[[], Pair]) -> None:
+    transport, peer = connect()
+    assert transport.unacknowledged() == 0
+    while transport.send(bytes(READ_SIZE)):
+        pass
+    before = transport.unacknowledged()
+    assert before > 0
+    with anyio.fail_after(PATIENCE):
+        while transport.unacknowledged() >= before:
+            with suppress(BlockingIOError):
+                peer.recv(READ_SIZE)
+            await checkpoint()
+    transport.close()
+
+
+async def test_who_knows_not_what_the_peer_has_taken_says_nothing(
+    connect: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> bytes:
+        raise OSError(errno.ENOTTY, "not here")
+
+    transport, _ = connect()
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    while transport.send(bytes(READ_SIZE)):
+        pass
+    assert transport.unacknowledged() == 0
     transport.close()
 
 
@@ -482,16 +512,6 @@ async def test_a_new_socket_with_the_same_number_works(
 # TLS
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    authority = trustme.CA()
-    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(ours)
-    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(theirs)
-    return ours, theirs
-
-
 class Peer:
     """The other end of a TLS connection, which decides what leaves in one piece."""
 
@@ -592,6 +612,23 @@ async def test_a_record_in_pieces_is_waited_for(
             assert got == []
             peer.sock.send(data[index : index + 1])
     assert got == [b"hello"]
+    transport.close()
+
+
+async def test_who_asks_much_of_tls_and_never_reads_is_given_up(
+    secure: Callable[[], tuple[TLSTransport, Peer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new key that a client asks for is answered (RFC 8446, 4.6.3), out of every bound's
+    sight: nothing was read, nothing was sent."""
+    transport, peer = secure()
+    await shake(transport, peer)
+    monkeypatch.setattr(SocketTransport, "send", lambda self, data: 0)
+    transport._cipher_out.write(bytes(2 * ENCRYPT_SIZE))
+    peer.tls.write(b"hello")
+    await peer.flush()
+    assert await received(transport) == b"hello"
+    transport._cipher_out.write(b"x")
+    assert await received(transport) == b""
     transport.close()
 
 
