@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LOOPS = ("asyncio", "uvloop", "trio")
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 
 #: No server outlives a benchmark that was killed by more than this, in seconds.
-SERVER_LIFE = 900
+SERVER_LIFE = 3600
 
 #: What a browser sends, 600 bytes of it.
 BROWSER_HEADERS = (
@@ -68,11 +68,15 @@ def raise_descriptor_limit() -> int:
 
 
 @contextmanager
-def server(*command: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(
+    *command: str, errors: IO[str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Start ``python command...``, which prints its port first; the server's core is the first,
-    the caller's the second."""
+    the caller's the second. What it writes to standard error goes to ``errors``."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the server
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, text=True
+    )
     try:
         pin(process.pid, 0)
         pin(os.getpid(), 1)
@@ -100,7 +104,7 @@ def serve(app: Any, loop: str) -> None:
     import roomsock
 
     raise_descriptor_limit()
-    servers = []
+    servers: list[Any] = []
 
     def stats(request: Any) -> dict[str, int]:
         server = servers[0]
@@ -151,13 +155,18 @@ def memory_kib(pid: int, field: str = "VmRSS") -> int:
 
 def cpu_seconds(pid: int) -> float:
     """Processor time a process has used, user and system together."""
+    threads = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    if threads:  # in nanoseconds
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def machine() -> dict[str, Any]:
+PACKAGES = ("roomsock", "anyio", "trio", "uvloop", "websockets", "picows", "wsproto", "msgspec")
+
+
+def machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """What the figures were measured on, and with."""
-    packages = ("roomsock", "anyio", "trio", "uvloop", "websockets", "picows", "wsproto", "msgspec")
     return {
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
@@ -186,6 +195,13 @@ def connect(
     port: int, path: str, headers: str = PLAIN_HEADERS, receive_buffer: int | None = None
 ) -> socket.socket:
     """Open a WebSocket; returns the blocking socket, the 101 read away."""
+    sock = ask(port, path, headers, receive_buffer)
+    take_101(sock)
+    return sock
+
+
+def ask(port: int, path: str, headers: str, receive_buffer: int | None = None) -> socket.socket:
+    """Connect and ask for a WebSocket, without waiting for the answer."""
     sock = socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -193,14 +209,19 @@ def connect(
     sock.connect(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(f"GET {path} HTTP/1.1\r\n{headers}".encode())
-    while True:  # look first, to take not a byte of the frames behind the 101
+    return sock
+
+
+def take_101(sock: socket.socket) -> None:
+    """Wait for the answer, and take not a byte of the frames behind it."""
+    while True:
         answer = sock.recv(4096, socket.MSG_PEEK)
         head, end, _ = answer.partition(b"\r\n\r\n")
         if not answer or (end and not head.startswith(b"HTTP/1.1 101 ")):
             raise ConnectionError(f"refused: {head!r}")
         if end:
             sock.recv(len(head + end))
-            return sock
+            return
 
 
 def get(port: int, path: str) -> Any:

@@ -2,20 +2,27 @@
 
 import sys
 from collections import defaultdict
-from pathlib import Path
 
+from common import decode, encode, run_loop
 from picows import WSListener, WSMsgType, ws_create_server
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import harness
 
 rooms = defaultdict(set)
 
 
 class Echo(WSListener):
     def on_ws_frame(self, transport, frame):
+        if frame.msg_type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            transport.send(frame.msg_type, frame.get_payload_as_bytes())
+        elif frame.msg_type == WSMsgType.CLOSE:
+            close(transport, frame)
+
+
+class Json(WSListener):
+    def on_ws_frame(self, transport, frame):
         if frame.msg_type == WSMsgType.TEXT:
-            transport.send(WSMsgType.TEXT, frame.get_payload_as_bytes())
+            transport.send(WSMsgType.TEXT, encode(decode(frame.get_payload_as_memoryview())))
+        elif frame.msg_type == WSMsgType.CLOSE:
+            close(transport, frame)
 
 
 class Room(WSListener):
@@ -30,13 +37,22 @@ class Room(WSListener):
             payload = frame.get_payload_as_bytes()
             for member in self.members:
                 member.send(WSMsgType.TEXT, payload)
+        elif frame.msg_type == WSMsgType.CLOSE:
+            close(transport, frame)
 
     def on_ws_disconnected(self, transport):
         self.members.discard(transport)
 
 
+def close(transport, frame):
+    transport.send_close(frame.get_close_code(), frame.get_close_message())
+    transport.disconnect()
+
+
 def listener(request):
-    return Echo() if request.path == b"/echo" else Room(request.path)
+    if request.path in (b"/echo", b"/binary"):
+        return Echo()
+    return Json() if request.path == b"/json" else Room(request.path)
 
 
 async def main():
@@ -45,4 +61,4 @@ async def main():
     await server.serve_forever()
 
 
-harness.run_loop(sys.argv[1], main)
+run_loop(sys.argv[1], main)
