@@ -252,8 +252,7 @@ class Connection:
     def _inflate_whole(self, first: int, payload: bytes, events: list[Event]) -> None:
         data = self._own_inflater().inflate(payload, is_text=first == _COMPRESSED_TEXT)
         if isinstance(data, CloseReason):
-            self._compressed = True
-            self._fail_message(events, data)
+            self._fail_message(events, data, compressed=True)
             return
         if first == _COMPRESSED_BINARY:
             events.append(data)
@@ -261,7 +260,7 @@ class Connection:
         try:
             events.append(str(data, "utf-8"))
         except UnicodeDecodeError:
-            self._fail(events, CloseCode.INVALID_DATA, _INVALID_COMPRESSED)
+            self._fail_message(events, CloseCode.INVALID_DATA, compressed=True)
 
     def _own_inflater(self) -> Inflater:
         if self._inflater is None:
@@ -385,14 +384,14 @@ class Connection:
                     events.append(PeerClosed(int(event.code), event.reason or ""))
                     self._stop_receiving()
                 elif event.code in (CloseCode.INVALID_DATA, CloseCode.MESSAGE_TOO_BIG):
-                    self._fail_message(events, int(event.code))
+                    self._fail_message(events, int(event.code), compressed=self._compressed)
                 else:
                     self._fail(events, int(event.code), event.reason or "")
                 return
 
-    def _fail_message(self, events: list[Event], code: int) -> None:
+    def _fail_message(self, events: list[Event], code: int, *, compressed: bool) -> None:
         # wsproto's own text names an offset that depends on how the bytes were split
-        reason = _INVALID_COMPRESSED if self._compressed else "invalid UTF-8"
+        reason = _INVALID_COMPRESSED if compressed else "invalid UTF-8"
         self._fail(events, code, self._too_big() if code == CloseCode.MESSAGE_TOO_BIG else reason)
 
     def _add_chunk(self, event: ws.Message[Any], events: list[Event]) -> None:
