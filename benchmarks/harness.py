@@ -7,6 +7,7 @@ same for every server. Everything runs on the loopback interface, on ports the k
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -75,7 +76,11 @@ def server(
     the caller's the second. What it writes to standard error goes to ``errors``."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the server
     process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, text=True
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         pin(process.pid, 0)
@@ -88,6 +93,14 @@ def server(
     finally:
         process.kill()
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process, stopped or not, when its parent was killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+PR_SET_PDEATHSIG = 1
 
 
 def run_loop(loop: str, main: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 from load import Result
@@ -18,10 +18,25 @@ from workloads import Workload
 BUSY = 0.9  # the share of a core from which on the load may be what was measured
 OURS = "roomsock"
 FLOOR = "floor"
+NATIVE = {"picows": "Cython", "socketify": "C++"}  # servers that are not written in Python
 PACKAGES = (
     *("uvicorn", "starlette", "httptools", "hypercorn", "aiohttp", "tornado"),
     *("trio-websocket", "socketify"),
 )
+
+
+class Comparison(NamedTuple):
+    """How many times as good as another server, in each round."""
+
+    ratios: list[float]
+    by_cpu: bool = False
+
+    @property
+    def middle(self) -> float:
+        return median(self.ratios)
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f}{'*' * self.by_cpu}" if self.ratios else ""
 
 
 @dataclass
@@ -48,16 +63,31 @@ class Row:
             return [theirs / own for own, theirs in pairs if own]
         return [own / theirs for own, theirs in pairs if theirs]
 
+    def cpu_ratios(self, base: Row) -> list[float]:
+        """The same of the server's processor time for each message."""
+        pairs = zip(self.results, base.results, strict=False)
+        return [theirs.cpu / own.cpu for own, theirs in pairs if own.cpu]
+
+    def compare(self, base: Row) -> Comparison:
+        """What can be said: rates tell nothing about a server when the load was the limit."""
+        if not (self.load_is_the_limit() or base.load_is_the_limit()):
+            return Comparison(self.ratios(base))
+        if self.workload.kind == "latency":
+            return Comparison([])
+        return Comparison(self.cpu_ratios(base), by_cpu=True)
+
     def notes(self) -> str:
         notes = []
         if self.failed:
             notes.append(f"**failed: {self.failed}**")
         notes += sorted({result.note for result in self.results if result.note})
-        if self.results and self.load_is_the_limit():
+        if self.load_is_the_limit():
             notes.append("the load was the limit")
         return "; ".join(notes)
 
     def load_is_the_limit(self) -> bool:
+        if not self.results:
+            return False
         if self.workload.kind == "latency":  # the load always looks, so its share says nothing
             return median(r.lag for r in self.results) > median(r.p99 for r in self.results) / 2
         return self.workload.kind != "memory" and median(r.load for r in self.results) > BUSY
@@ -121,10 +151,49 @@ def tables(rows: list[Row], base: str, about: dict[str, Any]) -> str:
         f"`{about['command']}`"
     ]
     servers = list(dict.fromkeys(row.server for row in rows))
-    parts += [_against(rows, ours, servers) for ours in servers if ours.startswith(OURS)]
+    own = [server for server in servers if server.startswith(OURS)]
+    parts += [_summary(rows, server) for server in own]
+    parts += [_against(rows, server, servers) for server in own]
     workloads = dict.fromkeys(row.workload for row in rows)
     parts += [_table([row for row in rows if row.workload == w], base) for w in workloads]
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(rows: list[Row], ours: str) -> str:
+    """One of ours in every workload, and how it compares with the best of each kind of peer."""
+    kinds = {
+        "best peer": lambda row: True,
+        "best in Python": lambda row: row.family not in NATIVE,
+        "best on trio": lambda row: row.server.endswith(" trio"),
+    }
+    if not ours.endswith(" trio"):
+        del kinds["best on trio"]
+    alone = [name for name in ("floor epoll", f"{OURS} asyncio") if name != ours]
+    lines = [
+        f"**{ours}, how many times as good as the best**",
+        "",
+        f"| | {ours} | " + " | ".join((*kinds, *alone)) + " |",
+        "| --- | --: |" + " --- |" * len(kinds) + " --: |" * len(alone),
+    ]
+    for row in rows:
+        if row.server != ours or not row.results:
+            continue
+        found = [
+            (other, comparison)
+            for other in rows
+            if other.workload == row.workload and (comparison := row.compare(other)).ratios
+        ]
+        peers = [pair for pair in found if pair[0].family not in (OURS, FLOOR)]
+        cells = [f"{short(median(row.values))} {row.workload.short_unit}"]
+        for is_one in kinds.values():
+            some = [(c.middle, f"{c} {other.server}") for other, c in peers if is_one(other)]
+            cells.append(min(some, default=(0, ""))[1])
+        by_name = {other.server: str(comparison) for other, comparison in found}
+        cells += [by_name.get(name, "") for name in alone]
+        lines.append(f"| {_full_title(row.workload)} | " + " | ".join(cells) + " |")
+    native = " and ".join(f"{name} ({language})" for name, language in NATIVE.items())
+    lines += ["", f"In Python: all but {native}, whatever parts of the others are in C."]
+    return "\n".join(_explained(lines))
 
 
 def _against(rows: list[Row], ours: str, servers: list[str]) -> str:
@@ -138,14 +207,21 @@ def _against(rows: list[Row], ours: str, servers: list[str]) -> str:
         "| --- |" + " --: |" * len(others),
     ]
     for workload in dict.fromkeys(row.workload for row in rows):
-        cells = []
-        for other in others:
-            pair = found.get((workload, ours)), found.get((workload, other))
-            ratios = pair[0].ratios(pair[1]) if pair[0] and pair[1] else []
-            cells.append(f"{median(ratios):.2f}" if ratios else "")
-        if (workload, ours) in found:
+        own = found.get((workload, ours))
+        if own is not None:
+            pairs = [found.get((workload, other)) for other in others]
+            cells = [str(own.compare(other)) if other else "" for other in pairs]
             lines.append(f"| {_full_title(workload)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(_explained(lines))
+
+
+def _explained(lines: list[str]) -> list[str]:
+    if not any("* " in line for line in lines[4:]):
+        return lines
+    return [*lines, "", f"\\{AS_CPU}."]
+
+
+AS_CPU = "*: the load was the limit, so server CPU time for each message is compared"
 
 
 def _full_title(workload: Workload) -> str:
@@ -161,21 +237,24 @@ def _table(rows: list[Row], base: str) -> str:
     lines = [
         f"**{_full_title(workload)}: {workload.unit}**",
         "",
-        f"| server | median | min | max | to {base} | CPU us each | server busy | load busy |"
+        f"| server | median | min | max | to {base} | CPU us each | CPU to {base} "
+        "| server busy | load busy |"
         + (" p50 | p99.9 | sent per second |" if latency else "")
         + " |",
-        "| --- |" + " --: |" * (10 if latency else 7) + " --- |",
+        "| --- |" + " --: |" * (11 if latency else 8) + " --- |",
     ]
     for row in rows:
         if not row.results:
-            lines.append(f"| {row.server} |" + " |" * (10 if latency else 7) + f" {row.notes()} |")
+            lines.append(f"| {row.server} |" + " |" * (11 if latency else 8) + f" {row.notes()} |")
             continue
         results, values = row.results, row.values
         ratios = row.ratios(base_row) if base_row else []
+        by_cpu = row.cpu_ratios(base_row) if base_row else []
         cells = [
             *(short(value) for value in (median(values), min(values), max(values))),
             f"{median(ratios):.2f}x" if ratios else "",
             f"{median(r.cpu for r in results) * 1e6:.1f}",
+            f"{median(by_cpu):.2f}x" if by_cpu else "",
             f"{median(r.server for r in results):.0%}",
             "" if latency else f"{median(r.load for r in results):.0%}",
         ]
@@ -239,32 +318,31 @@ def colour(row: Row) -> str:
     return COLOURS.get(row.family, OTHERS)
 
 
-def best_of_each(rows: list[Row]) -> list[Row]:
-    """All of ours, and of every other family the fastest, best first."""
+def best_of_each(rows: list[Row], base: Row | None = None) -> list[Row]:
+    """All of ours, and of every other family the best (compared with a base), best first."""
+
+    def good(row: Row) -> float:
+        if base is not None:
+            return row.compare(base).middle
+        return median(row.values) * (-1 if row.workload.less_is_better else 1)
+
+    comparable = [row for row in rows if base is None or row.compare(base).ratios]
     best: dict[str, Row] = {}
-    for row in rows:
-        key = row.server if row.family == OURS else row.family
-        value = median(row.values) * (-1 if row.workload.less_is_better else 1)
-        known = best.get(key)
-        if known is None or value > median(known.values) * (
-            -1 if row.workload.less_is_better else 1
-        ):
-            best[key] = row
-    return sorted(
-        best.values(),
-        key=lambda row: median(row.values),
-        reverse=not rows[0].workload.less_is_better,
-    )
+    for row in sorted(comparable, key=good, reverse=True):
+        best.setdefault(row.server if row.family == OURS else row.family, row)
+    return list(best.values())
 
 
 def _by_workload(rows: list[Row], base: str) -> dict[Workload, tuple[Row, list[Row]]]:
-    """The base and the others of each workload in which the base has a figure."""
+    """The base and the others of each workload in which the base can be compared."""
     found: dict[Workload, list[Row]] = {}
     for row in rows:
         found.setdefault(row.workload, []).append(row)
     bases = {row.workload: row for row in rows if row.server == base}
     return {
-        workload: (bases[workload], some) for workload, some in found.items() if workload in bases
+        workload: (bases[workload], some)
+        for workload, some in found.items()
+        if workload in bases and bases[workload].compare(bases[workload]).ratios
     }
 
 
@@ -290,13 +368,16 @@ def _overview(rows: list[Row], base: str) -> Any:
     figure, axes = plt.subplots(figsize=(8.5, 0.36 * len(found) + 1.2))
     seen = set()
     for line, (base_row, some) in enumerate(found.values()):
-        for row in (row for row in some if row.ratios(base_row)):
+        for row in some:
+            comparison = row.compare(base_row)
+            if not comparison.ratios:
+                continue
             label = row.server if row.family == OURS else row.family
             named = row.family in (OURS, FLOOR) or row.family in COLOURS
             label = label if named else "other Python servers"
             floor = row.family == FLOOR
             axes.plot(
-                median(row.ratios(base_row)),
+                comparison.middle,
                 line,
                 "|" if floor else "o",
                 color="#444444" if floor else colour(row),
@@ -308,11 +389,15 @@ def _overview(rows: list[Row], base: str) -> Any:
                 label=None if label in seen else label,
             )
             seen.add(label)
+            if comparison.by_cpu:
+                axes.annotate(
+                    "*", (comparison.middle, line), (4, 1), textcoords="offset points", fontsize=8
+                )
     _ratio_axis(axes, base)
     axes.set_yticks(range(len(found)), list(map(_full_title, found)))
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(axis="both", color="#eeeeee", linewidth=0.8)
-    axes.set_xlabel(f"times as good as {base}: right is better")
+    axes.set_xlabel(f"times as good as {base}: right is better\n{AS_CPU}")
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -323,32 +408,32 @@ def _rates(rows: list[Row], base: str) -> Any:
     import matplotlib.pyplot as plt
 
     found = {
-        workload: pair
-        for workload, pair in _by_workload(rows, base).items()
+        workload: (base_row, best_of_each(some, base_row))
+        for workload, (base_row, some) in _by_workload(rows, base).items()
         if workload.kind != "latency"
     }
     if not found:
         return None
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
-    most = max(len(best_of_each(some)) for _, some in found.values())
+    most = max(len(shown) for _, shown in found.values())
     figure, panels = plt.subplots(
         lines, columns, figsize=(4.6 * columns, (0.21 * most + 0.8) * lines), squeeze=False
     )
     for panel in panels.flat[len(found) :]:
         panel.set_visible(False)
-    for axes, (workload, (base_row, some)) in zip(panels.flat, found.items(), strict=False):
-        _bars(axes, workload, base_row, [row for row in best_of_each(some) if row.ratios(base_row)])
+    for axes, (workload, (base_row, shown)) in zip(panels.flat, found.items(), strict=False):
+        _bars(axes, workload, base_row, shown)
         _ratio_axis(axes, base)
         axes.margins(x=0.18)
-    figure.supxlabel(f"times as good as {base}; whiskers: all rounds", fontsize=9)
+    figure.supxlabel(f"times as good as {base}; whiskers: all rounds\n{AS_CPU}", fontsize=9)
     figure.tight_layout(h_pad=1.2)
     return figure
 
 
 def _bars(axes: Any, workload: Workload, base_row: Row, rows: list[Row]) -> None:
     for line, row in enumerate(rows):
-        ratios = row.ratios(base_row)
+        ratios, by_cpu = row.compare(base_row)
         middle = median(ratios)
         floor = row.family == FLOOR
         axes.barh(
@@ -364,7 +449,7 @@ def _bars(axes: Any, workload: Workload, base_row: Row, rows: list[Row]) -> None
         axes.plot([min(ratios), max(ratios)], [line, line], color="#222222", linewidth=0.8)
         right = middle >= 1
         axes.annotate(
-            short(median(row.values)),
+            short(median(row.values)) + "*" * by_cpu,
             (max(ratios) if right else min(ratios), line),
             xytext=(4 if right else -4, 0),
             textcoords="offset points",

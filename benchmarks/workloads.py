@@ -14,7 +14,7 @@ import load
 from load import Load, Member, Result, Room, Sender, Stream, Wrong, measuring, settle
 
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-TAIL = 3  # times as long: one in a thousand has to be many
+TAIL = 2  # times as long: one in a thousand has to be many
 PARALLEL = 20  # handshakes on their way at a time
 #: A browser's header block, less its offer of compression: not everybody can refuse it, and what
 #: deflate keeps for each connection is not what is compared here.
@@ -41,6 +41,10 @@ class Workload:
     def unit(self) -> str:
         units = {"latency": "p99 in ms", "memory": "KiB each", "handshakes": "per second"}
         return units.get(self.kind, "messages per second")
+
+    @property
+    def short_unit(self) -> str:
+        return {"latency": "ms", "memory": "KiB"}.get(self.kind, "/s")
 
     @property
     def less_is_better(self) -> bool:
@@ -144,17 +148,9 @@ def messages(workload: Workload, server: Server, seconds: float) -> Result:
     """Messages delivered in a second, when each sender sends the next as its own comes back."""
     clients = _open(workload, server)
     try:
-        for sender in clients.senders:
-            clients.send(sender, workload.in_flight)
-        # A slow server needs longer than a second to answer everybody once: what it does first and
-        # what it does last differ.
-        once = clients.expected()
-        clients.read_for(seconds * load.WARM_UP, once)
-        before = clients.received
+        clients.run_for(seconds * load.WARM_UP, workload.in_flight)
         end = measuring(server.pid)
-        clients.read_for(seconds, before + once)
-        result = end((clients.received - before) / clients.rooms[0].back_size)
-        clients.drain()
+        result = end(clients.run_for(seconds, workload.in_flight))
         return result._replace(note=clients.check())
     finally:
         clients.close()
@@ -168,15 +164,10 @@ def latency(workload: Workload, server: Server, seconds: float) -> Result:
     """
     clients = _open(workload, server)
     try:
-        for sender in clients.senders:
-            clients.send(sender, 1)
-        once = clients.expected()
-        clients.read_for(seconds * load.WARM_UP, once)
-        began, before = time.perf_counter(), sum(sender.done for sender in clients.senders)
-        clients.read_for(seconds * 0.5, clients.received + once)
-        done = sum(sender.done for sender in clients.senders) - before
-        rate = max(done, 1) / (time.perf_counter() - began) / 2
-        clients.drain()
+        clients.run_for(seconds * load.WARM_UP, 1)
+        began, before = time.perf_counter(), clients.done()
+        clients.run_for(seconds * 0.5, 1)
+        rate = (clients.done() - before) / (time.perf_counter() - began) / 2
         _send_at(clients, rate, seconds * load.WARM_UP)
         clients.latencies = []
         end = measuring(server.pid)
