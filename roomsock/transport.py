@@ -15,8 +15,10 @@ import socket
 import ssl
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
+from contextvars import Context
+from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -40,7 +42,7 @@ class Transport(Protocol):
     async def handshake(self) -> None:
         """Do what comes before the first byte (TLS); raises OSError or ssl.SSLError."""
 
-    async def receive(self) -> bytes | None:
+    def receive(self) -> Awaitable[bytes | None]:
         """Wait for bytes: ``b""`` at the end of the stream, None when `wake` or `close` came."""
 
     def send(self, data: bytes) -> int:
@@ -114,19 +116,9 @@ class SocketTransport:
     async def handshake(self) -> None:
         """Nothing comes before the first byte."""
 
-    async def receive(self) -> bytes | None:
+    def receive(self) -> Awaitable[bytes | None]:
         """See `Transport`."""
-        while not self._closed:
-            try:
-                await anyio.wait_readable(self._sock)
-                return self._sock.recv(READ_SIZE)
-            except anyio.ClosedResourceError:  # `wake`, or `close`
-                return None
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError:  # reset by the peer: an end like any other
-                return b""
-        return None
+        raise NotImplementedError
 
     def send(self, data: bytes) -> int:
         """See `Transport`."""
@@ -176,10 +168,49 @@ class SocketTransport:
         self._sock.close()
 
 
-class AsyncioTransport(SocketTransport):
-    """A plain socket on asyncio, whose registration for reading is kept between reads."""
+class TrioTransport(SocketTransport):
+    """A plain socket on trio, read without what anyio wraps around each wait."""
 
-    __slots__ = ("_failed", "_goes_deaf", "_loop", "_registered", "_stash", "_waiter")
+    __slots__ = ("_loop",)
+
+    def __init__(self, sock: socket.socket, loop: TrioEventLoop) -> None:
+        super().__init__(sock)
+        self._loop = loop
+
+    async def receive(self) -> bytes | None:
+        """See `Transport`."""
+        while not self._closed:
+            try:
+                await self._loop.wait_readable(self._sock)
+                return self._sock.recv(READ_SIZE)
+            except self._loop.closed_error:  # `wake`, or `close`
+                return None
+            except (BlockingIOError, InterruptedError):
+                continue
+            except OSError:  # reset by the peer: an end like any other
+                return b""
+        return None
+
+
+class AsyncioTransport(SocketTransport):
+    """A plain socket on asyncio, whose registration for reading is kept between reads.
+
+    It is also what its reader awaits: a future-like object (see ``asyncio.isfuture``) that goes on
+    with the task right in the loop's call back for the socket. A future would cost an object, a
+    handle and another pass of the loop for every read.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_cancelled",
+        "_context",
+        "_data",
+        "_failed",
+        "_goes_deaf",
+        "_loop",
+        "_registered",
+        "_resume",
+    )  # fmt: skip
 
     def __init__(
         self, sock: socket.socket, loop: asyncio.AbstractEventLoop, *, goes_deaf: bool = False
@@ -191,14 +222,15 @@ class AsyncioTransport(SocketTransport):
         self._goes_deaf = goes_deaf
         self._failed = False  # reset by the peer: the rest is read without the loop
         self._registered = False
-        self._waiter: asyncio.Future[bytes | None] | None = None
-        self._stash: bytes | None = None
+        self._asyncio_future_blocking = False
+        self._resume: Callable[[AsyncioTransport], object] | None = None  # of who waits
+        self._context: Context | None = None
+        self._data: bytes | None = None
+        self._cancelled: asyncio.CancelledError | None = None
 
-    async def receive(self) -> bytes | None:
+    @coroutine
+    def receive(self) -> Generator[Any, None, bytes | None]:
         """See `Transport`."""
-        stashed, self._stash = self._stash, None
-        if stashed is not None:
-            return stashed
         if self._closed:
             return None
         if self._failed:
@@ -210,28 +242,26 @@ class AsyncioTransport(SocketTransport):
         if not self._registered:
             self._loop.add_reader(self._sock, self._readable)
             self._registered = True
-        waiter = self._waiter = self._loop.create_future()
+        self._asyncio_future_blocking = True
         try:
-            data: bytes | None = await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                # What was read must not be lost with the task.
-                self._stash = waiter.result()
-            raise
+            yield self
         finally:
-            self._waiter = None
+            self._resume = self._context = None
+        data, self._data = self._data, None
         return data
 
     def _readable(self) -> None:
-        waiter = self._waiter
-        if waiter is None or waiter.done():
+        resume, context = self._resume, self._context
+        if resume is None or context is None:
             # Nobody reads: leave the bytes to the kernel, which holds the peer back.
             self._unregister()
             return
         try:
-            waiter.set_result(self._recv())
+            self._data = self._recv()
         except (BlockingIOError, InterruptedError):
-            pass
+            return
+        self._resume = None
+        context.run(resume, self)
 
     def _recv(self) -> bytes:
         try:
@@ -244,6 +274,37 @@ class AsyncioTransport(SocketTransport):
         if self._goes_deaf and self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._failed = True
         return data
+
+    # What a task asks of the future that it waits for
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """See ``asyncio.Future``."""
+        return self._loop
+
+    def add_done_callback(
+        self, resume: Callable[[AsyncioTransport], object], *, context: Context
+    ) -> None:
+        """See ``asyncio.Future``."""
+        self._resume, self._context = resume, context
+
+    def done(self) -> bool:
+        """See ``asyncio.Future``."""
+        return self._resume is None
+
+    def result(self) -> None:
+        """See ``asyncio.Future``."""
+        cancelled, self._cancelled = self._cancelled, None
+        if cancelled is not None:
+            raise cancelled
+
+    def cancel(self, msg: object = None) -> bool:
+        """See ``asyncio.Future``."""
+        if self._resume is None:
+            return False
+        # Whose cancellation it is stands in the message (anyio looks for its own).
+        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self.wake()
+        return True
 
     def send(self, data: bytes) -> int:
         """See `Transport`."""
@@ -268,8 +329,9 @@ class AsyncioTransport(SocketTransport):
 
     def wake(self) -> None:
         """See `Transport`."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._resume is not None:  # not at once: another task may be running
+            self._loop.call_soon(self._resume, self, context=self._context)
+            self._resume = None
 
     def close(self) -> None:
         """See `SocketTransport`."""
@@ -423,6 +485,11 @@ class TrioEventLoop:
     name = "trio"
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        from trio import ClosedResourceError
+        from trio.lowlevel import wait_readable
+
+        self.wait_readable = wait_readable
+        self.closed_error = ClosedResourceError
         self._token = token
         self._callbacks: list[Callable[[], None]] = []
         self._task: trio.lowlevel.Task | None = None
@@ -430,7 +497,7 @@ class TrioEventLoop:
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
-        return SocketTransport(sock)
+        return TrioTransport(sock, self)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""

@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -319,34 +320,85 @@ def test_asyncio_keeps_what_a_cancelled_task_had_read() -> None:
     asyncio.run(main())
 
 
-def test_asyncio_stash_holds_exactly_one_read() -> None:
+@pytest.mark.parametrize("end", [b"hello", b""])
+@pytest.mark.parametrize("how", ["cancelled", "woken", "closed"])
+@pytest.mark.parametrize("use_uvloop", [False, True])
+def test_what_comes_behind_the_end_of_a_wait_is_for_the_next(
+    use_uvloop: bool, how: str, end: bytes
+) -> None:
+    async def main() -> None:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        transport = AsyncioTransport(ours, asyncio.get_running_loop())
+        task = asyncio.create_task(received(transport))
+        await anyio.wait_all_tasks_blocked()
+        if end:
+            peer.send(end)
+        else:
+            peer.shutdown(socket.SHUT_WR)
+        {"cancelled": task.cancel, "woken": transport.wake, "closed": transport.close}[how]()
+        transport._readable()  # what the loop would call now: the task has not had its turn
+        if how == "cancelled":
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            assert await task is None
+        assert await transport.receive() == (None if how == "closed" else end)
+        transport.close()
+        peer.close()
+
+    anyio.run(main, backend_options={"use_uvloop": use_uvloop})
+
+
+def test_whose_cancellation_ends_a_wait_can_be_told() -> None:
+    async def main() -> None:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        transport = AsyncioTransport(ours, asyncio.get_running_loop())
+        task = asyncio.create_task(received(transport))
+        await anyio.wait_all_tasks_blocked()
+        task.cancel("by the test")
+        assert not transport.cancel("too late")
+        with pytest.raises(asyncio.CancelledError, match=r"^by the test$"):
+            await task
+        transport.close()
+        peer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("use_uvloop", [False, True])
+def test_who_waits_goes_on_in_its_own_task_and_context(use_uvloop: bool) -> None:
+    number: ContextVar[int] = ContextVar("number", default=0)
+
     async def main() -> None:
         ours, peer = socket.socketpair()
         ours.setblocking(False)
         transport = AsyncioTransport(ours, asyncio.get_running_loop())
 
-        async def receive() -> bytes | None:
-            waiting.set_result(None)
-            return await transport.receive()
+        async def count() -> None:
+            nonlocal counted
+            for expected in range(3):
+                assert await transport.receive() == b"x"
+                assert asyncio.current_task() is task
+                assert number.get() == expected
+                number.set(expected + 1)
+                counted += 1
 
-        for end, expected in ((b"hello", b"hello"), (b"", b"")):
-            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            task = asyncio.create_task(receive())
-            await waiting
-            if end:
-                peer.send(end)
-            else:
-                peer.shutdown(socket.SHUT_WR)
-            transport._readable()  # what the loop would call now: the task has not had its turn
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert await transport.receive() == expected
+        counted = 0
+
+        task = asyncio.create_task(count())
+        for sent in range(3):
+            peer.send(b"x")
+            while counted == sent and not task.done():
+                await checkpoint()
+            assert asyncio.current_task() is not task
+        await task
+        assert number.get() == 0
         transport.close()
-        assert await transport.receive() is None
         peer.close()
 
-    asyncio.run(main())
+    anyio.run(main, backend_options={"use_uvloop": use_uvloop})
 
 
 class Counting(AsyncioTransport):
@@ -466,7 +518,7 @@ async def test_the_peer_sees_the_end_after_close(connect: Callable[[], Pair], bu
         assert await received(transport) == b"x"
     async with anyio.create_task_group() as tg:
         if busy == "reads":
-            tg.start_soon(transport.receive)
+            tg.start_soon(received, transport)
             await anyio.wait_all_tasks_blocked()
         if busy == "was cancelled":
             with anyio.CancelScope() as scope:
@@ -497,7 +549,7 @@ async def test_a_new_socket_with_the_same_number_works(
             peer.send(message)
             assert await received(transport) == message
         async with anyio.create_task_group() as tg:
-            tg.start_soon(transport.receive)  # waits while it is closed
+            tg.start_soon(received, transport)  # waits while it is closed
             taken = fill(transport)
             tg.start_soon(transport.wait_writable)
             await anyio.wait_all_tasks_blocked()
