@@ -160,10 +160,12 @@ class Dispatcher:
             arguments["error"] = None
         decode = endpoint.decoder.decode if endpoint.decoder is not None else None
         takes = endpoint.takes
+        incoming = link.incoming
+        take, receive = incoming.take, incoming.receive
         while True:
-            message: Any = link.take()
+            message: Any = take()
             if message is None:
-                message = await link.receive()
+                message = await receive()
             if decode is not None:
                 try:
                     message = decode(message)

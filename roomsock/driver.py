@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Iterable
 from email.utils import formatdate
 from enum import IntEnum
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -430,15 +430,12 @@ class Driver:
         """See `Link`."""
         return self._receiver.latency if self._receiver is not None else None
 
-    def take(self) -> str | bytes | None:
-        """See `Link`."""
-        return self._receiver.take() if self._receiver is not None else None
-
-    def receive(self) -> Coroutine[Any, Any, str | bytes]:
+    @property
+    def incoming(self) -> Receiver:
         """See `Link`."""
         if self._receiver is None:
             raise RuntimeError("nothing can be received before the connection is accepted")
-        return self._receiver.receive()
+        return self._receiver
 
     def ending_found(self) -> None:
         """See `ReceiverOwner`."""
@@ -462,7 +459,8 @@ class Driver:
 
     def send(self, opcode: int, payload: bytes) -> None:
         """See `Link`."""
-        self.check_open()
+        if self._end is not None:
+            raise self._closed_error()
         if self.accepted:
             self.recipient.queue_message(opcode, payload)
         else:
@@ -471,7 +469,9 @@ class Driver:
     def must_wait(self) -> bool:
         """See `Link`."""
         self._sends += 1
-        return self._sends % TURN_MESSAGES == 0 or self.recipient.is_high
+        if self._sends % TURN_MESSAGES == 0:
+            return True
+        return self.recipient.blocked and self.recipient.is_high
 
     async def drained(self) -> None:
         """See `Link`."""

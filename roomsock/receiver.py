@@ -99,16 +99,17 @@ class Receiver:
         """Whether somebody takes what the peer sends; if not, its silence proves nothing."""
         return self._receiving or self._helping
 
-    # For the handlers: hot, once for every message
+    # `Incoming`: hot, once for every message
 
     def take(self) -> str | bytes | None:
         """The next message that has arrived; None also when it is the others' turn."""
         inbox = self.inbox
         if not inbox:
             return None
-        self._turn += 1
-        if self._turn >= TURN_MESSAGES or monotonic() > self._turn_ends:
+        # The first of a turn is due, whatever the time.
+        if self._turn and (self._turn >= TURN_MESSAGES or monotonic() > self._turn_ends):
             return None
+        self._turn += 1
         message = inbox.popleft()
         self._flusher.backlog = bool(inbox) or self._conn.has_more
         return message
@@ -129,10 +130,19 @@ class Receiver:
                     self._owner.check_open()
                 elif self.ending is not None:
                     self._owner.apply_ending()
-                else:
+                elif self._helping or self._conn.has_more:
                     await self.read()
+                else:  # `read` again, without its coroutine for every message
+                    self._fed = 0
+                    self._reads += 1
+                    self.reading = True
+                    data = await self._transport.receive()
+                    self.reading = False
+                    if data is not None:
+                        self._begin_turn()
+                        self.feed(data)
         finally:
-            self._receiving = False
+            self._receiving = self.reading = False
 
     def _begin_turn(self) -> None:
         self._turn = 0
@@ -228,9 +238,11 @@ class Receiver:
         self._handle(self._conn.receive_more(self._server.now))
 
     def _handle(self, events: list[Event]) -> None:
-        self._fed += self._conn.inflated
-        for frame in self._conn.data_to_send():
-            self._sender.queue_urgent(frame)
+        conn = self._conn
+        self._fed += conn.inflated
+        if conn.due is not None:
+            for frame in conn.data_to_send():
+                self._sender.queue_urgent(frame)
         if self._stopped:
             return
         for event in events:

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Incoming(Protocol):
+    """What a client has sent."""
+
+    def take(self) -> str | bytes | None:
+        """The next message that has already arrived, if any."""
+
+    async def receive(self) -> str | bytes:
+        """The next message; raises `ConnectionClosed` behind the last."""
+
+
 class Link(Protocol):
     """What a connection's driver does for its `WebSocket`."""
 
@@ -48,11 +58,9 @@ class Link(Protocol):
     async def drained(self) -> None:
         """Wait until the outbox is below its high-water mark and others had their turn."""
 
-    def take(self) -> str | bytes | None:
-        """The next message that has already arrived, if any."""
-
-    async def receive(self) -> str | bytes:
-        """The next message; raises `ConnectionClosed` behind the last."""
+    @property
+    def incoming(self) -> Incoming:
+        """The messages to be received; raises RuntimeError before the acceptance."""
 
     def accept(self, subprotocol: str | None, headers: Iterable[tuple[str, str]]) -> None:
         """Queue the 101 and open the connection."""
@@ -199,7 +207,7 @@ class WebSocket:
                 before was delivered first.
             RuntimeError: Another task is receiving on this connection, or it is not accepted yet.
         """
-        return await self._link.receive()
+        return await self._link.incoming.receive()
 
     async def receive_text(self) -> str:
         """The next message, which must be text; a binary one closes with 1003.
@@ -208,7 +216,7 @@ class WebSocket:
             ConnectionClosedOK, ConnectionClosedError: As `receive`.
         """
         while True:
-            message = await self._link.receive()
+            message = await self._link.incoming.receive()
             if isinstance(message, str):
                 return message
             # Then `receive` raises; behind the client's own close it may have more messages.
@@ -234,7 +242,7 @@ class WebSocket:
             TypeError: A type that cannot be decoded.
         """
         decoder = _decoder(message_type)
-        return decoder.decode(await self._link.receive())
+        return decoder.decode(await self._link.incoming.receive())
 
     def __aiter__(self) -> WebSocket:
         """Messages until a clean close; raises `ConnectionClosedError` after any other end."""
@@ -242,7 +250,7 @@ class WebSocket:
 
     async def __anext__(self) -> str | bytes:
         try:
-            return await self._link.receive()
+            return await self._link.incoming.receive()
         except ConnectionClosedOK:
             raise StopAsyncIteration from None
 

@@ -113,6 +113,10 @@ class FakeLink:
     async def drained(self) -> None:
         self.waits += 1
 
+    @property
+    def incoming(self) -> FakeLink:
+        return self
+
     def take(self) -> str | bytes | None:
         return self.arrived.popleft() if self.arrived else None
 

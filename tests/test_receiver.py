@@ -222,11 +222,11 @@ async def test_a_turn_ends_after_so_many_messages(make: Callable[..., Unit]) -> 
     taken = 1
     while unit.receiver.take():
         taken += 1
-    assert taken == TURN_MESSAGES - 1
+    assert taken == TURN_MESSAGES
     assert unit.receiver.take() is None  # and stays over
     assert await unit.receive() == "x"  # from here on it is a new one
     assert unit.receiver.take() == "x"
-    assert len(unit.receiver.inbox) == TURN_MESSAGES - 1
+    assert len(unit.receiver.inbox) == TURN_MESSAGES - 2
 
 
 async def test_a_turn_ends_after_so_long(make: Callable[..., Unit]) -> None:
