@@ -182,7 +182,7 @@ class Dispatcher:
             # `Endpoint.run`, without its two coroutines for every message; the first comparison
             # spares what an `async def` returns the second, which takes 0.1 us.
             try:
-                result = function(ws, message, **arguments)
+                result = function(ws, message, **arguments) if arguments else function(ws, message)
                 if result is not None:
                     if type(result) is CoroutineType or _is_awaitable(result):
                         result = await result

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from email.utils import formatdate
 from enum import IntEnum
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -473,9 +473,9 @@ class Driver:
             return True
         return self.recipient.blocked and self.recipient.is_high
 
-    async def drained(self) -> None:
+    def drained(self) -> Coroutine[Any, Any, None]:
         """See `Link`."""
-        await self.recipient.wait_low()
+        return self.recipient.wait_low()
 
     # Link: ending
 

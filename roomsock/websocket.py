@@ -6,10 +6,11 @@ No I/O and no event loop in here: the driver gives each `WebSocket` a `Link` and
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Coroutine, Generator, Iterable, Mapping
 from functools import lru_cache
+from threading import get_ident
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 from .errors import CloseCode, ConnectionClosedOK, Headers, header_pairs
 from .http import Request
@@ -55,7 +56,7 @@ class Link(Protocol):
     def must_wait(self) -> bool:
         """Whether who awaits a send has to wait: the outbox is high, or others' turn is due."""
 
-    async def drained(self) -> None:
+    def drained(self) -> Coroutine[Any, Any, None]:
         """Wait until the outbox is below its high-water mark and others had their turn."""
 
     @property
@@ -75,6 +76,10 @@ class Link(Protocol):
         """End the connection because its handler raised, unless it has ended before."""
 
 
+#: The await of who need not wait.
+_AT_ONCE: Generator[Any, Any, None] = cast(Any, iter(()))
+
+
 class Pace:
     """What a send to one's own client returns: await it to wait while the outbox is high."""
 
@@ -84,8 +89,8 @@ class Pace:
         self._link = link
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if self._link.must_wait():
-            yield from self._link.drained().__await__()
+        # No generator of its own: this is once for every message that is sent.
+        return self._link.drained().__await__() if self._link.must_wait() else _AT_ONCE
 
 
 class WebSocket:
@@ -274,7 +279,8 @@ class WebSocket:
         return self._send(BINARY, encode_bytes(data))
 
     def _send(self, opcode: int, payload: bytes) -> Pace:
-        self._registry.check_thread()
+        if get_ident() != self._registry.thread:
+            self._registry.check_thread()  # or nobody serves
         self._link.send(opcode, payload)
         return self._pace
 
