@@ -527,14 +527,18 @@ def _burst(rate: float) -> float:
     return max(1.0, rate * 10)
 
 
+#: A large frame is gathered in pieces of at least so many bytes.
+CHUNK = 4096
+
+
 class _LargeFrame:
     """The payload of a binary frame on its way: kept masked until it is complete."""
 
-    __slots__ = ("_key", "_masked", "missing")
+    __slots__ = ("_chunks", "_key", "missing")
 
     def __init__(self, key: bytes, length: int) -> None:
         self._key = key
-        self._masked = BytesIO()
+        self._chunks: list[bytes] = [b""]
         self.missing = length
 
     @classmethod
@@ -545,8 +549,13 @@ class _LargeFrame:
         return cls(header[-4:], length)
 
     def add(self, chunk: bytes) -> None:
-        self._masked.write(chunk)
         self.missing -= len(chunk)
+        # A buffer that grows would copy all of it again and again; a frame that comes in tiny
+        # pieces must not cost an object for each.
+        if len(self._chunks[-1]) < CHUNK:
+            self._chunks[-1] += chunk
+        else:
+            self._chunks.append(chunk)
 
     def payload(self) -> bytes:
-        return unmask(self._masked.getvalue(), self._key)
+        return unmask(b"".join(self._chunks), self._key)
