@@ -6,9 +6,11 @@ import asyncio
 import contextvars
 import logging
 import os
+import platform
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -1281,3 +1283,33 @@ async def test_wrong_proxies_are_a_setup_error_before_anything_listens(
     with pytest.raises(SetupError, match=text):
         async with serving(App(), port=taken, **options):
             pass
+
+
+# Memory
+
+
+CHURN = """
+import resource, sys
+from roomsock.server import keep_freed_memory
+size = 1 << 20
+if sys.argv[1] == "keeps":
+    keep_freed_memory(4 * size)
+def messages(count):
+    for _ in range(count):
+        a = b"a" * size; b = b"b" * size; c = b"c" * size
+        del a, b, c
+messages(5)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+messages(50)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="of glibc's malloc")
+def test_memory_of_large_messages_is_not_taken_anew_for_each() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", CHURN, how]
+        return int(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+
+    assert faults("keeps") < 500
+    assert faults("gives it back") > 5000  # else this test shows nothing
