@@ -308,8 +308,10 @@ class AsyncioTransport(SocketTransport):
 
     def send(self, data: bytes) -> int:
         """See `Transport`."""
-        try:
-            return super().send(data)
+        try:  # not by `super`, which is a quarter of what this costs
+            return self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
         except OSError:
             self._failed = True  # and the kernel has forgotten the error now
             raise

@@ -674,7 +674,7 @@ async def test_who_asks_much_of_tls_and_never_reads_is_given_up(
     sight: nothing was read, nothing was sent."""
     transport, peer = secure()
     await shake(transport, peer)
-    monkeypatch.setattr(SocketTransport, "send", lambda self, data: 0)
+    monkeypatch.setattr(type(transport._raw), "send", lambda self, data: 0)
     transport._cipher_out.write(bytes(2 * ENCRYPT_SIZE))
     peer.tls.write(b"hello")
     await peer.flush()
