@@ -38,6 +38,32 @@ class Recipient(Protocol):
         """Wait until the kernel has taken what is queued, or the connection is closed."""
 
 
+class Members(dict["WebSocket", Recipient]):
+    """The open connections of a room, or all of them.
+
+    Attributes:
+        batch: What they share until the tick ends; it and `joins_until` are the driver's.
+    """
+
+    __slots__ = ("batch", "joins_until")
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.joins_until = -1
+
+    def enter(self, ws: WebSocket, recipient: Recipient) -> None:
+        """Take in a connection."""
+        self[ws] = recipient
+        if self.batch is not None:
+            self.batch.apart[recipient] = None
+
+    def leave(self, ws: WebSocket) -> None:
+        """Let go of a connection; one that is no member is fine."""
+        recipient = self.pop(ws, None)
+        if self.batch is not None and recipient is not None:
+            self.batch.leave(recipient)
+
+
 class Queued(int):
     """How many local members a message was queued for.
 
@@ -74,7 +100,7 @@ class RoomRecord:
     __slots__ = ("holders", "members", "state")
 
     def __init__(self) -> None:
-        self.members: dict[WebSocket, Recipient] = {}
+        self.members = Members()
         # Connections that joined and whose `on_close` has not returned: the room's state lives
         # for them although they are no recipients any more.
         self.holders: set[WebSocket] = set()
@@ -86,7 +112,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.rooms: dict[str, RoomRecord] = {}
-        self.everyone: dict[WebSocket, Recipient] = {}
+        self.everyone = Members()
         self.aliases: list[Registry] = [self]  # all that share this one's contents
         self.compress_from = inf  # bytes of a message that is worth compressing
         self.reset()
@@ -94,7 +120,10 @@ class Registry:
     def reset(self) -> None:
         """Nobody serves the app (any more)."""
         self.thread: int | None = None  # the event loop's, while the app is served
+        self.everyone.batch = None
         self.queued: type[Queued] = Queued
+        #: Queues a frame for all but some, in fewer steps than one by one.
+        self.queue_all: Callable[[Members, bytes, set[WebSocket]], None] | None = None
         self.call_soon_threadsafe: Callable[..., None] = _not_served
 
     def become(self, other: Registry) -> None:
@@ -120,16 +149,16 @@ class Registry:
         record = self.rooms.get(name)
         if record is None:
             record = self.rooms[name] = RoomRecord()
-        record.members[ws] = recipient
+        record.members.enter(ws, recipient)
         record.holders.add(ws)
 
     def silence(self, ws: WebSocket, names: Iterable[str]) -> None:
         """A closing connection receives nothing more and is not counted."""
-        self.everyone.pop(ws, None)
+        self.everyone.leave(ws)
         for name in names:
             record = self.rooms.get(name)
             if record is not None:
-                record.members.pop(ws, None)
+                record.members.leave(ws)
 
     def release(self, ws: WebSocket, names: Iterable[str]) -> None:
         """Let go of the rooms; one that nobody holds is forgotten, its state with it."""
@@ -137,7 +166,7 @@ class Registry:
             record = self.rooms.get(name)
             if record is None:
                 continue
-            record.members.pop(ws, None)
+            record.members.leave(ws)
             record.holders.discard(ws)
             if not record.holders:
                 del self.rooms[name]
@@ -156,7 +185,7 @@ class Audience:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def _recipients(self) -> dict[WebSocket, Recipient]:
+    def _recipients(self) -> Members:
         raise NotImplementedError
 
     @property
@@ -229,28 +258,26 @@ class Audience:
         recipients = self._recipients()
         if not recipients:
             return registry.queued(0)
-        frame = encode_frame(opcode, payload)
-        # A snapshot: queueing may close a slow member, which takes it out of the room.
-        if exclude is None:
-            targets = list(recipients.values())
-        else:
+        left_out: set[WebSocket] = set()
+        if exclude is not None:
             left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}
             if any(isinstance(each, str) for each in left_out):  # a name or an id excludes nobody
                 raise TypeError(f"exclude takes connections, not {exclude!r}")
-            targets = [link for ws, link in recipients.items() if ws not in left_out]
-        members = len(recipients)
-        if len(payload) < registry.compress_from:
-            for recipient in targets:
-                recipient.queue(frame)
+            left_out &= recipients.keys()
+        frame = encode_frame(opcode, payload)
+        compress = len(payload) >= registry.compress_from
+        if registry.queue_all is not None and not compress:
+            registry.queue_all(recipients, frame, left_out)
         else:
             shared: dict[int, bytes] = {}
-            for recipient in targets:
-                deflater = recipient.deflater
-                recipient.queue(
-                    frame if deflater is None else deflater.encode(opcode, payload, shared)
-                )
-        closed = members - len(recipients)
-        return registry.queued(len(targets) - closed)
+            # A snapshot: queueing may close a slow member, which takes it out of the room.
+            for ws, recipient in list(recipients.items()):
+                if ws not in left_out:
+                    deflater = recipient.deflater if compress else None
+                    recipient.queue(
+                        frame if deflater is None else deflater.encode(opcode, payload, shared)
+                    )
+        return registry.queued(len(recipients) - len(left_out))
 
 
 class Room(Audience):
@@ -268,9 +295,9 @@ class Room(Audience):
         super().__init__(registry)
         self.name = name
 
-    def _recipients(self) -> dict[WebSocket, Recipient]:
+    def _recipients(self) -> Members:
         record = self._registry.rooms.get(self.name)
-        return {} if record is None else record.members
+        return Members() if record is None else record.members
 
     @property
     def state(self) -> SimpleNamespace:
@@ -304,7 +331,7 @@ class Everyone(Audience):
 
     __slots__ = ()
 
-    def _recipients(self) -> dict[WebSocket, Recipient]:
+    def _recipients(self) -> Members:
         return self._registry.everyone
 
     def __repr__(self) -> str:

@@ -1,15 +1,16 @@
-"""The way out of one connection: frames are joined per tick and written without waiting.
+"""The way out of connections: frames are joined per tick and written without waiting.
 
 The first frame that a client gets in a tick is sent at once, so that a lone message pays nothing;
-from the second on they wait for the end of the tick and leave in one system call. Only when the
-kernel refuses bytes does a task wait for it, and the outbox grow.
+from the second on they wait for the end of the tick and leave in one system call. What a room is
+sent then is collected and joined once for its members. Only when the kernel refuses bytes does a
+task wait for it, and the outbox grow.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -20,6 +21,10 @@ from .protocol.frames import KeptFrame, encode_frame
 from .protocol.outbox import Outbox, SlowConsumers
 from .transport import Transport
 
+if TYPE_CHECKING:
+    from .rooms import Members
+    from .websocket import WebSocket
+
 logger = logging.getLogger("roomsock")
 
 #: Frames that wait for the tick are written on the spot when they reach this.
@@ -28,6 +33,53 @@ JOIN_FRAMES = 256
 
 #: A client that got several frames in a tick goes straight to joining for so many ticks.
 JOIN_TICKS = 3
+
+
+class Batch:
+    """The frames that wait for the tick: of one sender, or of all members who get the same.
+
+    What is sent to a room is collected and joined once, and a member that gets anything else goes
+    on with a copy of its own.
+
+    Attributes:
+        sharers: Who shared it in the beginning; empty for a sender's own.
+        apart: The members who do not share it: each is queued for by itself.
+    """
+
+    __slots__ = ("_data", "apart", "frames", "sharers", "size")
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.sharers: list[Sender] = []
+        self.apart: dict[Sender, None] = {}
+        self._data = b""
+        self.size = 0
+
+    def append(self, frame: bytes) -> bool:
+        """Add a frame; returns whether this is as much as may wait."""
+        self.frames.append(frame)
+        self._data = b""
+        self.size += len(frame)
+        return self.size >= JOIN_BYTES or len(self.frames) >= JOIN_FRAMES
+
+    def joined(self) -> bytes:
+        """All frames as one."""
+        if not self._data:
+            self._data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        return self._data
+
+    def part(self, sender: Sender) -> Batch:
+        """Have one who shares it go on with a copy, which is returned."""
+        own = sender.batch = Batch()
+        own.frames, own.size = self.frames.copy(), self.size
+        self.apart[sender] = None
+        return own
+
+    def leave(self, sender: Sender) -> None:
+        """Nothing more is to be added for this one, which is no member now."""
+        if sender.batch is self:
+            self.part(sender)
+        self.apart.pop(sender, None)
 
 
 class Flusher:
@@ -42,6 +94,7 @@ class Flusher:
         self._scheduled = False
         self._extended = False
         self._waiting: list[Sender] = []
+        self._shared: list[Members] = []  # whose members share a batch
         self.tick = 0
         #: More messages have arrived than were handled: what they cause is joined from the start.
         #: (A room of 1,000 sent to at once takes longer than a turn; each message would be the
@@ -54,10 +107,52 @@ class Flusher:
             self._scheduled = True
             self._call_soon(self._end_tick)
 
-    def add(self, sender: Sender) -> None:
-        """A sender has frames to flush when the tick ends."""
-        self._waiting.append(sender)
+    def add(self, *senders: Sender) -> None:
+        """Senders have frames to flush when the tick ends."""
+        self._waiting += senders
         self.schedule()
+
+    def queue_all(self, members: Any, frame: bytes, left_out: set[WebSocket]) -> None:
+        """Queue a frame for all of `rooms.Members` but some: hot, once for every broadcast."""
+        batch = members.batch
+        if batch is None and (members.joins_until >= self.tick or self.backlog):
+            batch = self._begin(members)
+        # Snapshots: queueing may close a slow member, which takes it out of the room.
+        if batch is None:
+            members.joins_until = self.tick
+            for ws, sender in list(members.items()):
+                if ws not in left_out:
+                    sender.queue(frame)
+            return
+        spared = {members[ws] for ws in left_out}
+        for sender in spared:
+            if sender.batch is batch:
+                batch.part(sender)
+        is_full = batch.append(frame)
+        for sender in list(batch.apart):
+            if sender not in spared:
+                sender.queue(frame)
+        if is_full:
+            members.batch = None
+            self._flush([each for each in batch.sharers if each.batch is batch])
+
+    def _begin(self, members: Any) -> Batch | None:
+        """A batch shared by those members who are to join and have nothing waiting, if any."""
+        batch = Batch()
+        joining = -1 if self.backlog else self.tick
+        for sender in members.values():
+            if sender.joins_until >= joining and sender.batch is None and not sender.blocked:
+                sender.batch = batch
+                sender.joins_until = self.tick + 1 + JOIN_TICKS
+                batch.sharers.append(sender)
+            else:
+                batch.apart[sender] = None
+        if not batch.sharers:
+            return None
+        self.add(*batch.sharers)
+        self._shared.append(members)
+        members.batch = batch
+        return batch
 
     def _end_tick(self) -> None:
         if self._waiting and not self._extended:
@@ -68,16 +163,23 @@ class Flusher:
             return
         self._extended = self._scheduled = self.backlog = False
         waiting, self._waiting = self._waiting, []
+        shared, self._shared = self._shared, []
+        for members in shared:
+            members.batch = None
+            members.joins_until = self.tick + 1 + JOIN_TICKS
+        self._flush(waiting)
+        # Not before: what is queued meanwhile (by a log handler) must not overtake what waits.
+        self.tick += 1
+
+    def _flush(self, senders: list[Sender]) -> None:
         joins_until = self.tick + 1 + JOIN_TICKS
-        for sender in waiting:
+        for sender in senders:
             sender.joins_until = joins_until
             try:
                 sender.flush()
             except Exception:  # a mistake of ours must not cost the others their frames
                 logger.exception("flushing a connection failed")
                 sender.abandon()
-        # Not before: what is queued meanwhile (by a log handler) must not overtake what waits.
-        self.tick += 1
 
 
 class SenderOwner(Protocol):
@@ -97,15 +199,17 @@ class Sender:
     """Queues frames for one client and writes them.
 
     Attributes:
+        batch: What waits for the tick, if anything does.
         blocked: The kernel took no more at the last attempt; a task drains, or all is lost.
         deflater: Compresses messages, if the client agreed to that.
         joins_until: Up to this tick frames are joined instead of sent at once.
+        progress: Bytes that the kernel took after it had refused some.
     """
 
     __slots__ = (
         "_dropped", "_failed", "_finished", "_flusher", "_high_water", "_moved", "_outbox",
-        "_owner", "_pending", "_pending_size", "_progress", "_transport", "blocked", "deflater",
-        "joins_until",
+        "_owner", "_transport", "batch", "blocked", "deflater", "joins_until",
+        "progress",
     )  # fmt: skip
 
     def __init__(
@@ -121,13 +225,12 @@ class Sender:
         self._flusher = flusher
         self._high_water = limits.high_water
         self._outbox = Outbox(limits, policy)
-        self._pending: list[bytes] = []
-        self._pending_size = 0
-        self._progress = 0  # bytes that the kernel took after it had refused some
+        self.progress = 0
         self._dropped = 0
         self._failed = False
         self._finished = False
         self._moved: anyio.Event | None = None
+        self.batch: Batch | None = None
         self.blocked = False
         self.deflater: Deflater | None = None
         self.joins_until = -1
@@ -146,13 +249,17 @@ class Sender:
             flusher.schedule()
             self._write((frame,), frame)
             return
-        pending = self._pending
-        if not pending:
+        batch = self.batch
+        if batch is None:
             flusher.add(self)
             self.joins_until = max(self.joins_until, flusher.tick)  # nothing may overtake it
-        pending.append(frame)
-        self._pending_size += len(frame)
-        if self._pending_size >= JOIN_BYTES or len(pending) >= JOIN_FRAMES:
+            batch = self.batch = Batch()
+        elif batch.sharers:
+            batch = batch.part(self)
+        frames = batch.frames  # `append` without the call, which is a quarter of a joined frame
+        frames.append(frame)
+        batch.size += len(frame)
+        if batch.size >= JOIN_BYTES or len(frames) >= JOIN_FRAMES:
             self.flush()
 
     def queue_message(self, opcode: int, payload: bytes) -> None:
@@ -194,12 +301,10 @@ class Sender:
 
     def flush(self) -> None:
         """Write what waits for the tick."""
-        pending = self._pending
-        if not pending:
-            return
-        self._pending = []
-        self._pending_size = 0
-        self._write(pending, pending[0] if len(pending) == 1 else b"".join(pending))
+        batch, self.batch = self.batch, None
+        if batch is not None and batch.frames:  # none: left out of the first
+            batch.apart[self] = None  # of what comes next, too
+            self._write(batch.frames, batch.joined())
 
     def _write(self, frames: list[bytes] | tuple[bytes, ...], data: bytes) -> None:
         transport = self._transport
@@ -235,7 +340,7 @@ class Sender:
     def abandon(self) -> None:
         """Forget what was not written, and take nothing more."""
         self._failed = True
-        self._pending = []
+        self.batch = None
         self._outbox.clear()
         self.notify()
 
@@ -249,11 +354,11 @@ class Sender:
                 unsent = transport.unsent
                 await transport.wait_writable()
                 # A wake proves nothing: some loops wake the writer together with the reader.
-                self._progress += unsent - transport.unsent
+                self.progress += unsent - transport.unsent
                 while not transport.unsent and (chunk := outbox.next_chunk()):
                     sent = transport.send(chunk)
                     outbox.wrote(sent)
-                    self._progress += sent
+                    self.progress += sent
                     if sent < len(chunk):
                         break
                 self.notify()
@@ -268,11 +373,6 @@ class Sender:
         if self._moved is not None:
             self._moved.set()
             self._moved = None
-
-    @property
-    def progress(self) -> int:
-        """Changes whenever the kernel took something."""
-        return self._progress
 
     @property
     def is_high(self) -> bool:

@@ -135,6 +135,7 @@ class Server:
         self.dispatcher = app._begin_serving(
             get_ident(), queued_type(checkpoint), self.call_soon_threadsafe
         )
+        self.dispatcher.registry.queue_all = self.flusher.queue_all
         self._listeners = list(listeners)
         self._tls = tls
         self.drain_spread = drain_spread

@@ -150,7 +150,7 @@ class WebSocket:
     def _enter(self) -> None:
         """Join the own room; for the driver, in the step that queues the 101."""
         self._joined = (self.path,)
-        self._registry.everyone[self] = self._link.recipient
+        self._registry.everyone.enter(self, self._link.recipient)
         self._registry.join(self, self.path, self._link.recipient)
 
     def _silence(self) -> None:

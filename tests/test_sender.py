@@ -10,10 +10,12 @@ import logging
 import random
 import socket
 import ssl
+import sys
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -22,6 +24,8 @@ import anyio.streams.tls
 import pytest
 import trustme
 from anyio.lowlevel import checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from wsproto import events
 
 import roomsock
@@ -30,11 +34,13 @@ from roomsock.limits import KIB
 from roomsock.protocol.deflate import Agreement, Compression, Deflater
 from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame, frame_size
 from roomsock.protocol.outbox import CHUNK, SlowConsumers
+from roomsock.rooms import Everyone, Registry, Room
 from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, Flusher, Sender
 from roomsock.server import ROUND, Server
 
 from .client import PATIENCE, Client, connected, open_stream, upgrade_request
 from .clock import FakeClock, settled
+from .fakes import run
 
 # The unit: a fake kernel, a fake owner, and ticks that the test ends
 
@@ -643,8 +649,9 @@ class Listener:
         pass
 
 
-def room_of(recipients: list[Any]) -> roomsock.Room:
+def room_of(recipients: list[Any], flusher: Flusher | None = None) -> roomsock.Room:
     app = App()
+    app._registry.queue_all = flusher and flusher.queue_all
     for recipient in recipients:
         member: Any = object()
         app._registry.join(member, "/room", recipient)
@@ -664,7 +671,7 @@ def test_a_tick_costs_two_calls_a_member_however_many_messages_it_has() -> None:
     ticks = Ticks()
     flusher = Flusher(ticks)
     kernels: list[Any] = [Kernel() for _ in range(50)]
-    room = room_of([Sender(Owner(), each, flusher, Limits(), "close") for each in kernels])
+    room = room_of([Sender(Owner(), each, flusher, Limits(), "close") for each in kernels], flusher)
     for number in range(20):
         room.send_text(str(number))
     ticks.end()
@@ -682,7 +689,7 @@ def test_a_connection_whose_flush_fails_costs_the_others_nothing(
     ticks = Ticks()
     flusher = Flusher(ticks)
     kernels: list[Any] = [Kernel() for _ in range(3)]
-    room = room_of([Sender(Owner(), each, flusher, Limits(), "close") for each in kernels])
+    room = room_of([Sender(Owner(), each, flusher, Limits(), "close") for each in kernels], flusher)
     room.send_text("a")
     room.send_text("b")
     kernels[1].error = ValueError("a mistake of ours")
@@ -691,6 +698,217 @@ def test_a_connection_whose_flush_fails_costs_the_others_nothing(
         kernels[0].taken == kernels[2].taken == encode_frame(TEXT, b"a") + encode_frame(TEXT, b"b")
     )
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+class Hall:
+    """Three connections in rooms, among fakes: what is done to them by chance, and what each is to
+    get for it."""
+
+    def __init__(self, shares: bool, policy: SlowConsumers, limits: Limits) -> None:
+        self.registry = Registry()
+        self.ticks = Ticks()
+        self.flusher = Flusher(self.ticks)
+        self.registry.queue_all = self.flusher.queue_all if shares else None
+        self.sockets: list[Any] = [object() for _ in range(3)]
+        self.kernels = [EagerKernel() for _ in self.sockets]
+        self.owners = [Owner() for _ in self.sockets]
+        self.expected = [b"" for _ in self.sockets]
+        self.senders = []
+        self.counts: list[int] = []
+        self.sent = 0
+        for number, (kernel, owner) in enumerate(zip(self.kernels, self.owners, strict=True)):
+            transport: Any = kernel
+            sender = Sender(owner, transport, self.flusher, limits, policy)
+            owner.when_too_slow = partial(self.close, number, discard=True)
+            self.senders.append(sender)
+            self.registry.everyone.enter(self.sockets[number], sender)
+            self.registry.join(self.sockets[number], "a", sender)
+        for _ in range(2):  # from now on they join
+            self.broadcast("a", 1, set())
+        self.tick()
+
+    def frame(self, size: int) -> bytes:
+        self.sent += 1
+        return b"%d|" % self.sent * size
+
+    def broadcast(self, name: str, size: int, left_out: set[int]) -> None:
+        room = Room(self.registry, name) if name else Everyone(self.registry)
+        payload = self.frame(size)
+        for number, ws in enumerate(self.sockets):
+            if ws in room and number not in left_out:
+                self.expected[number] += encode_frame(BINARY, payload)
+        exclude = [self.sockets[number] for number in left_out]
+        self.counts.append(int(room.send_bytes(payload, exclude=exclude or None)))
+
+    def direct(self, number: int) -> None:
+        if self.sockets[number] in self.registry.everyone:
+            frame = self.frame(1)
+            self.expected[number] += frame
+            self.senders[number].queue_kept(frame)
+
+    def join(self, number: int, name: str) -> None:
+        ws = self.sockets[number]
+        if ws in self.registry.everyone and ws not in Room(self.registry, name):
+            self.registry.join(ws, name, self.senders[number])
+
+    def leave(self, number: int, name: str) -> None:
+        self.registry.release(self.sockets[number], (name,))
+
+    def close(self, number: int, discard: bool = False) -> None:
+        if self.sockets[number] in self.registry.everyone:
+            self.registry.silence(self.sockets[number], "ab")
+            self.expected[number] += b"close"
+            self.senders[number].finish(b"close", discard=discard)
+
+    def flush(self, number: int) -> None:
+        self.senders[number].flush()
+
+    def refuse(self, number: int, room: int) -> None:
+        if not self.senders[number].blocked:
+            self.kernels[number].room = room
+
+    def take(self, number: int) -> None:
+        self.kernels[number].room = 1 << 40
+        if self.senders[number].blocked:
+            run(self.senders[number].drain())
+
+    def hurry(self) -> None:
+        self.flusher.backlog = True
+
+    def step(self) -> None:
+        if self.ticks.callbacks:
+            self.ticks.callbacks.popleft()()
+
+    def tick(self) -> None:
+        self.ticks.end()
+
+
+class EagerKernel(Kernel):
+    async def wait_writable(self) -> None:
+        pass
+
+
+someone = st.integers(0, 2)
+broadcasts = st.tuples(
+    st.just("broadcast"),
+    st.sampled_from(["a", "a", "a", "b", ""]),
+    st.sampled_from([1, 1, 1, JOIN_BYTES // 5]),
+    st.one_of(st.just(set()), st.sets(someone, max_size=2)),
+)
+happenings = st.one_of(
+    broadcasts,
+    st.tuples(st.sampled_from(["direct", "flush", "close"]), someone),
+    st.tuples(st.sampled_from(["join", "leave"]), someone, st.sampled_from("ab")),
+    st.tuples(st.just("refuse"), someone, st.integers(0, 30)),
+    st.tuples(st.just("take"), someone),
+    st.tuples(st.sampled_from(["hurry", "step", "tick"])),
+)
+#: Mostly broadcasts, each of them after one other thing.
+stories = st.lists(st.tuples(happenings, broadcasts), min_size=5, max_size=20)
+
+
+@settings(max_examples=300)
+@given(
+    stories.map(lambda story: [happening for pair in story for happening in pair]),
+    st.sampled_from(["close", "drop_newest", "drop_oldest"]),
+    st.sampled_from([Limits(), Limits(), Limits(outbox_messages=2)]),
+)
+def test_what_is_collected_for_all_reaches_each_as_if_it_had_been_queued_for_it_alone(
+    happenings: list[tuple[Any, ...]], policy: SlowConsumers, limits: Limits
+) -> None:
+    halls = [Hall(shares, policy, limits) for shares in (True, False)]
+    for hall in halls:
+        for name, *arguments in [*happenings, ("tick",), *(("take", each) for each in range(3))]:
+            getattr(hall, name)(*arguments)
+    shared, alone = halls
+    assert shared.counts == alone.counts
+    for number in range(3):
+        assert shared.kernels[number].calls == alone.kernels[number].calls
+        assert shared.owners[number].drops == alone.owners[number].drops
+        assert shared.owners[number].told == alone.owners[number].told
+        if not shared.owners[number].drops and not shared.owners[number].told:
+            assert shared.kernels[number].taken == shared.expected[number]
+    assert shared.registry.everyone.batch is None
+    assert all(record.members.batch is None for record in shared.registry.rooms.values())
+
+
+def served_hall(size: int) -> tuple[Ticks, list[Any], roomsock.Room]:
+    """A room whose members were sent to several times in the tick before."""
+    ticks = Ticks()
+    flusher = Flusher(ticks)
+    kernels: list[Any] = [Kernel() for _ in range(size)]
+    room = room_of([Sender(Owner(), each, flusher, Limits(), "close") for each in kernels], flusher)
+    for _ in range(3):
+        room.send_text("x")
+    ticks.end()
+    for kernel in kernels:
+        kernel.calls.clear()
+    return ticks, kernels, room
+
+
+def test_what_a_tick_brings_to_a_room_is_joined_once_for_all_its_members() -> None:
+    ticks, kernels, room = served_hall(100)
+    for number in range(20):
+        room.send_text(str(number))
+    ticks.end()
+    assert all(len(kernel.calls) == 1 for kernel in kernels)
+    assert len({id(kernel.calls[0]) for kernel in kernels}) == 1
+
+
+def test_who_joins_within_a_tick_gets_what_is_sent_from_then_on() -> None:
+    ticks, kernels, room = served_hall(2)
+    late = Kernel()
+    room.send_text("before")
+    member: Any = object()
+    transport: Any = late
+    sender = Sender(Owner(), transport, Flusher(ticks), Limits(), "close")
+    room._registry.join(member, room.name, sender)
+    for content in ("1", "2"):
+        room.send_text(content)
+    ticks.end()
+    expected = [encode_frame(TEXT, content) for content in (b"before", b"1", b"2")]
+    assert late.taken == b"".join(expected[1:])
+    assert all(kernel.calls == [b"".join(expected)] for kernel in kernels)
+
+
+def test_nothing_overtakes_what_a_room_was_to_join_while_there_was_a_backlog() -> None:
+    ticks = Ticks()
+    flusher = Flusher(ticks)
+    kernel: Any = Kernel()
+    sender = Sender(Owner(), kernel, flusher, Limits(), "close")
+    room = room_of([sender], flusher)
+    flusher.backlog = True
+    room.send_text("1")
+    flusher.backlog = False
+    sender.queue_kept(b"2")
+    assert kernel.calls == []
+    ticks.end()
+    assert kernel.calls == [encode_frame(TEXT, b"1") + b"2"]
+
+
+def test_a_message_that_is_joined_costs_the_same_whatever_the_size_of_the_room() -> None:
+    def calls(size: int, **left_out: Any) -> int:
+        ticks, _, room = served_hall(size)
+        for _ in range(2):
+            room.send_text("x", **left_out)
+        seen: list[str] = []
+        sys.setprofile(lambda frame, event, argument: seen.append(event))
+        try:
+            room.send_text("x", **left_out)
+        finally:
+            sys.setprofile(None)
+        ticks.end()
+        return len(seen)
+
+    assert calls(10) == calls(1000)
+    assert calls(10, exclude=[]) == calls(1000, exclude=[])
+
+
+async def test_rooms_share_what_is_sent_while_the_app_is_served_and_not_after() -> None:
+    app = App()
+    async with served(app) as server:
+        assert app._registry.queue_all == server.flusher.queue_all
+    assert app._registry.queue_all is None
 
 
 # Real sockets whose kernel buffers are small
