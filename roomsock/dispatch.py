@@ -7,7 +7,7 @@ the connection's own task. Knows no event loop: it waits through the connection'
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import CoroutineType
 from typing import Any, Literal
@@ -135,21 +135,19 @@ class Dispatcher:
             where = handler.location if handler is not None else "accepting"
             if not link.accepted:
                 return _refusal(error, where, ws.path)
-            self._failed(ws, link, where, error)
+            self.failed(ws, link, where, error)
         return None
 
-    async def converse(self, ws: WebSocket, link: Link, endpoint: Endpoint) -> None:
-        """Run the path's mode until the connection ends; what a handler raises ends it."""
+    def converse(self, ws: WebSocket, link: Link, endpoint: Endpoint) -> Coroutine[Any, Any, None]:
+        """Run the path's mode until the connection ends; what it raises is for `failed`."""
         handler = endpoint.mode
         assert handler is not None
-        try:
-            if handler.role is Role.SERVE:
-                await endpoint.run(handler, ws.params, ws)
-                link.close(CloseCode.NORMAL, "")
-            else:
-                await self._take_messages(ws, link, endpoint, handler)
-        except Exception as error:
-            self._failed(ws, link, handler.location, error)
+        run = self._serve if handler.role is Role.SERVE else self._take_messages
+        return run(ws, link, endpoint, handler)
+
+    async def _serve(self, ws: WebSocket, link: Link, endpoint: Endpoint, handler: Handler) -> None:
+        await endpoint.run(handler, ws.params, ws)
+        link.close(CloseCode.NORMAL, "")
 
     async def _take_messages(
         self, ws: WebSocket, link: Link, endpoint: Endpoint, handler: Handler
@@ -195,7 +193,7 @@ class Dispatcher:
                     raise
                 logger.debug("%a: %s ended with %r", ws.path, handler.location, error)
 
-    def _failed(self, ws: WebSocket, link: Link, where: str, error: Exception) -> None:
+    def failed(self, ws: WebSocket, link: Link, where: str, error: Exception) -> None:
         """A handler raised: that costs its own connection, unless it only met that one's end.
 
         An InvalidMessage that `receive_json` raised and nobody caught is the client's failure.

@@ -12,7 +12,6 @@ import os
 import resource
 import socket
 import ssl
-import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +28,7 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
 from .app import App
-from .driver import Driver
+from .driver import Driver, contain
 from .errors import CloseCode
 from .http import Address as Client
 from .http import Request
@@ -41,10 +40,10 @@ from .rooms import queued_type
 from .sender import Flusher
 from .transport import SocketTransport, TLSTransport, Transport, running_event_loop
 
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
-
 logger = logging.getLogger("roomsock")
+
+#: What the task of a connection is called.
+CONNECTION = "roomsock connection"
 
 #: Seconds between two rounds of housekeeping: what a deadline may be late by.
 ROUND = 0.25
@@ -258,10 +257,13 @@ class Server:
                 tg.start_soon(self._run_wanted)
                 tg.start_soon(self.loop.run)
                 self._tasks = tg
-                started()
-                await self._stop.wait()
-                await self._stop_in_order()
-                tg.cancel_scope.cancel()
+                try:
+                    started()
+                    await self._stop.wait()
+                    await self._stop_in_order()
+                finally:
+                    tg.cancel_scope.cancel()
+                    await self._end_connections()
         finally:
             close_all(self._listeners)  # when it ends with an error, nobody else did
             self.app._end_serving()
@@ -326,7 +328,7 @@ class Server:
         self._drivers[driver] = None
         if address is not None:
             self._count(driver, address)
-        self._tasks.start_soon(_isolated, driver.run)
+        driver.task = self.loop.start(driver.run, CONNECTION)
 
     def _counted_address(self, client: Client | None) -> str | None:
         """What `Limits.connections_per_address` counts a client with; None if it is not counted:
@@ -408,6 +410,16 @@ class Server:
                 tg.cancel_scope.cancel()
         for name in self.stuck():
             logger.error("stopped without waiting any longer for %s", name)
+
+    async def _end_connections(self) -> None:
+        """Cancel what is left, and wait for it: no task group holds the connections' tasks."""
+        with anyio.CancelScope(shield=True):
+            await checkpoint()  # who was accepted just now begins, and can be cancelled
+            for driver in list(self._drivers):
+                driver.cancel()
+            if self._drivers:
+                self._idle = anyio.Event()
+                await self._idle.wait()
 
     async def _give_up_at(self, deadline: float, idle: anyio.Event) -> None:
         await self.clock.sleep_until(deadline)
@@ -548,18 +560,8 @@ def keep_freed_memory(size: int) -> None:
 async def _isolated(function: Callable[[], Awaitable[Any]]) -> None:
     try:
         await function()
-    except OSError as error:
-        logger.debug("a connection's task ended with %s", error)
-    except Exception:
-        logger.exception("roomsock failed on a connection")
-    except BaseExceptionGroup as group:
-        # On trio a cancelled task group raises what its tasks raised together with its
-        # cancellation: only that may leave, anything else would end the server.
-        errors, others = group.split(Exception)
-        if errors is not None:
-            logger.error("roomsock failed on a connection", exc_info=errors)
-        if others is not None:
-            raise others from None
+    except BaseException as error:
+        contain(error)
 
 
 def _default_connections() -> int:

@@ -15,7 +15,7 @@ import socket
 import ssl
 import sys
 import termios
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context
 from types import coroutine
@@ -80,6 +80,13 @@ class EventLoop(Protocol):
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """A transport for a connected, non-blocking socket."""
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
+        """Start a task, which nobody waits for or cancels, and which must not raise. To be called
+        in a task of the server; what it returns must be kept while the new one runs.
+
+        (A task of anyio's has an event, a scope and a handle of its own: 2.3 to 2.6 KiB.)
+        """
 
     @property
     def call_soon(self) -> Callable[[Callable[[], None]], object]:
@@ -477,6 +484,10 @@ class AsyncioEventLoop:
         """See `EventLoop`."""
         return AsyncioTransport(sock, self._loop, goes_deaf=self.name == "uvloop")
 
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
+        """See `EventLoop`."""
+        return self._loop.create_task(function(), name=name)
+
     async def run(self) -> None:
         """Nothing is needed."""
 
@@ -500,6 +511,15 @@ class TrioEventLoop:
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
         return TrioTransport(sock, self)
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
+        """See `EventLoop`."""
+        from trio.lowlevel import current_task
+
+        nursery = current_task().parent_nursery
+        assert nursery is not None
+        nursery.start_soon(function, name=name)
+        return nursery
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""

@@ -62,8 +62,18 @@ def dispatcher(*endpoints: Endpoint) -> Dispatcher:
 def conversation(end: Endpoint, link: FakeLink) -> WebSocket:
     """Let an endpoint handle what a link yields, to the end."""
     ws = websocket(link, params={"room": "blue"})
-    run(dispatcher(end).converse(ws, link, end))
+    run(converse(ws, link, end))
     return ws
+
+
+async def converse(ws: WebSocket, link: FakeLink, end: Endpoint) -> None:
+    """What the driver does with what a handler raises."""
+    assert end.mode is not None
+    dispatch = dispatcher(end)
+    try:
+        await dispatch.converse(ws, link, end)
+    except Exception as error:
+        dispatch.failed(ws, link, end.mode.location, error)
 
 
 def opening(end: Endpoint) -> tuple[Response | None, FakeLink]:
@@ -487,7 +497,7 @@ def test_the_count_of_a_send_is_not_waited_for_and_not_complained_of(
             raise AssertionError
 
     ws._registry.queued = MustNotBeAwaited
-    run(dispatcher(end).converse(ws, link, end))
+    run(converse(ws, link, end))
     assert link.fake_recipient.frames == [text("a")]
     assert (link.crashes, caplog.records) == ([], [])
 
@@ -659,7 +669,7 @@ async def test_the_group_of_a_real_task_group_is_looked_into() -> None:
     end = endpoint(serve=game)
     link = FakeLink()
     ws = websocket(link)
-    await dispatcher(end).converse(ws, link, end)
+    await converse(ws, link, end)
     assert link.crashes == []
 
     async def enter(ws: WebSocket) -> None:

@@ -962,6 +962,26 @@ async def test_call_soon_threadsafe_keeps_the_order_of_each_thread() -> None:
         assert [number for of, number in calls if of == thread] == list(range(1000))
 
 
+async def test_a_started_task_outlives_the_scope_that_it_was_started_in() -> None:
+    loop = running_event_loop()
+    names: list[str | None] = []
+    done = anyio.Event()
+
+    async def task() -> None:
+        names.append(anyio.get_current_task().name)
+        await anyio.lowlevel.checkpoint()
+        done.set()
+
+    with anyio.CancelScope() as scope:
+        kept = loop.start(task, "a task of ours")
+        scope.cancel()
+        await anyio.lowlevel.checkpoint()
+    with anyio.fail_after(PATIENCE):
+        await done.wait()
+    assert names == ["a task of ours"]
+    assert kept is not None
+
+
 async def test_the_loop_has_a_name(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     backend, options = anyio_backend
     expected = "uvloop" if options.get("use_uvloop") else backend
