@@ -155,7 +155,7 @@ class Dispatcher:
         function = handler.function
         arguments = handler.arguments(ws.params)
         if handler.wants_error:
-            arguments["error"] = None
+            arguments = {**arguments, "error": None}
         decode = endpoint.decoder.decode if endpoint.decoder is not None else None
         takes = endpoint.takes
         incoming = link.incoming

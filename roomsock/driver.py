@@ -121,12 +121,12 @@ class Driver:
         self.recipient = Sender(self, transport, server.flusher, app.limits, app.slow_consumers)
         self._receiver: Receiver | None = None  # from the acceptance on
         self.accepted = False
-        self._early: list[bytes] = []  # what `on_connect` sends before the 101
+        self._early: tuple[bytes, ...] = ()  # what `on_connect` sends before the 101
         # Whether what was sent gets on; looked at while it may not
         self._taken = 0  # bytes that our kernel took, after it had refused some
         self._waiting = 0  # bytes that it holds
         self._progress_at = inf
-        self._checked_at = -inf
+        self._checked_at = 0.0  # long ago
         self._sends = 0
 
         # The end
@@ -435,7 +435,7 @@ class Driver:
         self.recipient.queue_kept(data)
         for frame in self._early:
             self.recipient.queue_kept(frame)
-        self._early = []
+        self._early = ()
         self._ws._enter()
         access.info("%s %s accepted %s", _peer(self.client), ascii(self._target), self._ws.id)
         if handshake.trailing_data:
@@ -483,7 +483,7 @@ class Driver:
         if self.accepted:
             self.recipient.queue_message(opcode, payload)
         else:
-            self._early.append(encode_frame(opcode, payload))
+            self._early += (encode_frame(opcode, payload),)
 
     def must_wait(self) -> bool:
         """See `Link`."""

@@ -69,6 +69,8 @@ class Request:
         body: The body, of whatever method; empty when there is none.
     """
 
+    __slots__ = ("_header_block", "body", "client", "method", "path", "scheme", "target")
+
     # The header block holds "name:value" lines joined by newlines; h11 has checked that neither
     # holds one, and has lower-cased the names.
     def __init__(

@@ -97,13 +97,13 @@ def _not_served(function: Callable[..., object], *args: Any) -> None:
 class RoomRecord:
     """What is kept of a room while anybody holds it."""
 
-    __slots__ = ("holders", "members", "state")
+    __slots__ = ("leaving", "members", "state")
 
     def __init__(self) -> None:
         self.members = Members()
-        # Connections that joined and whose `on_close` has not returned: the room's state lives
-        # for them although they are no recipients any more.
-        self.holders: set[WebSocket] = set()
+        # Connections that are no recipients any more, but whose `on_close` has not returned: the
+        # room's state lives for them, too.
+        self.leaving: set[WebSocket] = set()
         self.state: SimpleNamespace | None = None
 
 
@@ -150,15 +150,15 @@ class Registry:
         if record is None:
             record = self.rooms[name] = RoomRecord()
         record.members.enter(ws, recipient)
-        record.holders.add(ws)
 
     def silence(self, ws: WebSocket, names: Iterable[str]) -> None:
         """A closing connection receives nothing more and is not counted."""
         self.everyone.leave(ws)
         for name in names:
             record = self.rooms.get(name)
-            if record is not None:
+            if record is not None and ws in record.members:
                 record.members.leave(ws)
+                record.leaving.add(ws)
 
     def release(self, ws: WebSocket, names: Iterable[str]) -> None:
         """Let go of the rooms; one that nobody holds is forgotten, its state with it."""
@@ -167,8 +167,8 @@ class Registry:
             if record is None:
                 continue
             record.members.leave(ws)
-            record.holders.discard(ws)
-            if not record.holders:
+            record.leaving.discard(ws)
+            if not record.members and not record.leaving:
                 del self.rooms[name]
 
 

@@ -18,6 +18,9 @@ from uuid import UUID
 
 T = TypeVar("T")
 
+#: What is passed on of a path without values: one mapping for all connections.
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
+
 
 class _Converter(NamedTuple):
     """The text a converter takes, and the value it makes of it."""

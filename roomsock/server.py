@@ -42,9 +42,6 @@ from .transport import SocketTransport, TLSTransport, Transport, running_event_l
 
 logger = logging.getLogger("roomsock")
 
-#: What the task of a connection is called.
-CONNECTION = "roomsock connection"
-
 #: Seconds between two rounds of housekeeping: what a deadline may be late by.
 ROUND = 0.25
 
@@ -328,7 +325,7 @@ class Server:
         self._drivers[driver] = None
         if address is not None:
             self._count(driver, address)
-        driver.task = self.loop.start(driver.run, CONNECTION)
+        driver.task = self.loop.start(driver.run, "roomsock connection")
 
     def _counted_address(self, client: Client | None) -> str | None:
         """What `Limits.connections_per_address` counts a client with; None if it is not counted:

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from .errors import SetupError
-from .routing import Pattern
+from .routing import NO_VALUES, Pattern
 
 _Parameter = inspect.Parameter
 
@@ -86,9 +86,9 @@ class Handler:
     location: str
     message_annotation: Any
 
-    def arguments(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """Pick the declared path values out of all those of a matched path."""
-        return {name: params[name] for name in self.path_values}
+        return {name: params[name] for name in self.path_values} if self.path_values else NO_VALUES
 
 
 def inspect_handler(function: Callable[..., Any], role: Role, pattern: Pattern) -> Handler:

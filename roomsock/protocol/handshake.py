@@ -10,6 +10,7 @@ HTTP: RFC 9110 and 9112. The opening handshake: RFC 6455, section 4.2. Origins: 
 from __future__ import annotations
 
 import re
+import sys
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -340,9 +341,11 @@ class Handshake:
         if not request.target.startswith(b"/"):  # section 3.2.2: what Host says is ignored
             authority = request.target.split(b"/", 3)[2].partition(b"?")[0]
             pairs = [(name, authority if name == b"host" else value) for name, value in pairs]
+        # Kept for as long as the connection: no text twice.
+        target = request.target.decode()
         ours = Request(
-            request.method.decode(),
-            request.target.decode(),
+            sys.intern(request.method.decode()),
+            path if path == target else target,
             path,
             b"\n".join(b"%b:%b" % pair for pair in pairs),
             client=self._client,

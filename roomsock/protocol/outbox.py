@@ -55,8 +55,7 @@ class Outbox:
         self._frames = _NOTHING
         self._tick = -1
         # (bytes, frames): what was refused when the tick began, and what may stay at most
-        self._burst_from = (0, 0)
-        self._allowed = (limits.outbox, limits.outbox_messages)
+        self._burst_from = self._allowed = (0, 0)
         self.size = 0
         self.dropped = 0
 
