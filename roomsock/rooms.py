@@ -57,11 +57,12 @@ class Members(dict["WebSocket", Recipient]):
         if self.batch is not None:
             self.batch.apart[recipient] = None
 
-    def leave(self, ws: WebSocket) -> None:
-        """Let go of a connection; one that is no member is fine."""
+    def leave(self, ws: WebSocket) -> bool:
+        """Let go of a connection; returns whether it was a member."""
         recipient = self.pop(ws, None)
         if self.batch is not None and recipient is not None:
             self.batch.leave(recipient)
+        return recipient is not None
 
 
 class Queued(int):
@@ -156,8 +157,7 @@ class Registry:
         self.everyone.leave(ws)
         for name in names:
             record = self.rooms.get(name)
-            if record is not None and ws in record.members:
-                record.members.leave(ws)
+            if record is not None and record.members.leave(ws):
                 record.leaving.add(ws)
 
     def release(self, ws: WebSocket, names: Iterable[str]) -> None:

@@ -342,10 +342,9 @@ class Handshake:
             authority = request.target.split(b"/", 3)[2].partition(b"?")[0]
             pairs = [(name, authority if name == b"host" else value) for name, value in pairs]
         # Kept for as long as the connection: no text twice.
-        target = request.target.decode()
         ours = Request(
             sys.intern(request.method.decode()),
-            path if path == target else target,
+            path if path.encode() == request.target else request.target.decode(),
             path,
             b"\n".join(b"%b:%b" % pair for pair in pairs),
             client=self._client,
