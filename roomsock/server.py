@@ -247,20 +247,21 @@ class Server:
     async def run(self, started: Callable[[], None]) -> None:
         """Serve until `shutdown`; runs shielded from its owner's cancellation."""
         try:
-            async with anyio.create_task_group() as tg:
-                for listener in self._listeners:
-                    tg.start_soon(self._accept, listener)
-                tg.start_soon(self._keep_house)
-                tg.start_soon(self._run_wanted)
-                tg.start_soon(self.loop.run)
-                self._tasks = tg
-                try:
-                    started()
-                    await self._stop.wait()
-                    await self._stop_in_order()
-                finally:
-                    tg.cancel_scope.cancel()
-                    await self._end_connections()
+            async with anyio.create_task_group() as ticks:
+                ticks.start_soon(self.loop.run)
+                async with anyio.create_task_group() as self._tasks:
+                    for listener in self._listeners:
+                        self._tasks.start_soon(self._accept, listener)
+                    self._tasks.start_soon(self._keep_house)
+                    self._tasks.start_soon(self._run_wanted)
+                    try:
+                        started()
+                        await self._stop.wait()
+                        await self._stop_in_order()
+                    finally:
+                        self._tasks.cancel_scope.cancel()
+                        await self._end_connections()
+                ticks.cancel_scope.cancel()
         finally:
             close_all(self._listeners)  # when it ends with an error, nobody else did
             self.app._end_serving()

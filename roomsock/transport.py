@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import logging
 import select
+import selectors
 import socket
 import ssl
 import sys
@@ -110,7 +111,7 @@ def running_event_loop() -> EventLoop:
 
 
 class SocketTransport:
-    """A plain TCP or unix socket, on any event loop."""
+    """A plain TCP or unix socket; how its input is waited for is the event loops' difference."""
 
     __slots__ = ("_closed", "_sock")
 
@@ -137,8 +138,7 @@ class SocketTransport:
     async def wait_writable(self) -> None:
         """See `Transport`."""
         while not self._closed:
-            # `close` ends the wait; on trio `wake` does, too, which is not for us.
-            with suppress(anyio.ClosedResourceError):
+            with suppress(anyio.ClosedResourceError):  # `close` ends the wait
                 await anyio.wait_writable(self._sock)
                 break
 
@@ -163,7 +163,7 @@ class SocketTransport:
 
     def wake(self) -> None:
         """See `Transport`."""
-        anyio.notify_closing(self._sock)
+        raise NotImplementedError
 
     def close(self) -> None:
         """See `Transport`. Readers and writers go first: a loop that still watched the number
@@ -171,32 +171,13 @@ class SocketTransport:
         if self._closed:
             return
         self._closed = True
+        self._unregister()
+        self.wake()
         anyio.notify_closing(self._sock)
         self._sock.close()
 
-
-class TrioTransport(SocketTransport):
-    """A plain socket on trio, read without what anyio wraps around each wait."""
-
-    __slots__ = ("_loop",)
-
-    def __init__(self, sock: socket.socket, loop: TrioEventLoop) -> None:
-        super().__init__(sock)
-        self._loop = loop
-
-    async def receive(self) -> bytes | None:
-        """See `Transport`."""
-        while not self._closed:
-            try:
-                await self._loop.wait_readable(self._sock)
-                return self._sock.recv(READ_SIZE)
-            except self._loop.closed_error:  # `wake`, or `close`
-                return None
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError:  # reset by the peer: an end like any other
-                return b""
-        return None
+    def _unregister(self) -> None:
+        raise NotImplementedError
 
 
 class AsyncioTransport(SocketTransport):
@@ -208,15 +189,8 @@ class AsyncioTransport(SocketTransport):
     """
 
     __slots__ = (
-        "_asyncio_future_blocking",
-        "_cancelled",
-        "_context",
-        "_data",
-        "_failed",
-        "_goes_deaf",
-        "_loop",
-        "_registered",
-        "_resume",
+        "_asyncio_future_blocking", "_cancelled", "_context", "_data", "_failed", "_goes_deaf",
+        "_loop", "_registered", "_resume",
     )  # fmt: skip
 
     def __init__(
@@ -342,12 +316,59 @@ class AsyncioTransport(SocketTransport):
             self._loop.call_soon(self._resume, self, context=self._context)
             self._resume = None
 
-    def close(self) -> None:
-        """See `SocketTransport`."""
-        if not self._closed:
+
+class TrioTransport(SocketTransport):
+    """A plain socket on trio, registered once: trio itself would be told of it for every read."""
+
+    __slots__ = ("_data", "_loop", "_registered", "_task")
+
+    def __init__(self, sock: socket.socket, loop: TrioEventLoop) -> None:
+        super().__init__(sock)
+        self._loop = loop
+        self._registered = False
+        self._task: trio.lowlevel.Task | None = None  # which waits
+        self._data: bytes | None = None  # what it is woken with
+
+    async def receive(self) -> bytes | None:
+        """See `Transport`."""
+        if self._closed:
+            return None
+        if not self._registered:
+            self._loop.selector.register(self._sock.fileno(), selectors.EVENT_READ, self._readable)
+            self._registered = True
+        lowlevel = self._loop.lowlevel
+        self._task = lowlevel.current_task()
+        await lowlevel.wait_task_rescheduled(self._abort)
+        data, self._data = self._data, None
+        return data
+
+    def _abort(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
+        self._task = None
+        return self._loop.abort_succeeded
+
+    def _readable(self) -> None:
+        if self._task is None:
+            # Nobody reads: leave the bytes to the kernel, which holds the peer back.
             self._unregister()
-            self.wake()
-            super().close()
+            return
+        try:
+            self._data = self._sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # reset by the peer: an end like any other
+            self._data = b""
+        self.wake()
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._registered = False
+            self._loop.selector.unregister(self._sock.fileno())
+
+    def wake(self) -> None:
+        """See `Transport`."""
+        if self._task is not None:
+            self._loop.lowlevel.reschedule(self._task)
+            self._task = None
 
 
 class TLSTransport:
@@ -493,16 +514,16 @@ class AsyncioEventLoop:
 
 
 class TrioEventLoop:
-    """trio: the cheapest way to be called after the others is a task that reschedules itself."""
+    """trio: the cheapest way to be called after the others is a task that reschedules itself, and
+    to wait for input one that waits for a selector of ours."""
 
     name = "trio"
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
-        from trio import ClosedResourceError
-        from trio.lowlevel import wait_readable
+        from trio import lowlevel
 
-        self.wait_readable = wait_readable
-        self.closed_error = ClosedResourceError
+        self.lowlevel = lowlevel
+        self.abort_succeeded = lowlevel.Abort.SUCCEEDED
         self._token = token
         self._callbacks: list[Callable[[], None]] = []
         self._task: trio.lowlevel.Task | None = None
@@ -514,9 +535,7 @@ class TrioEventLoop:
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
         """See `EventLoop`."""
-        from trio.lowlevel import current_task
-
-        nursery = current_task().parent_nursery
+        nursery = self.lowlevel.current_task().parent_nursery
         assert nursery is not None
         nursery.start_soon(function, name=name)
         return nursery
@@ -525,22 +544,32 @@ class TrioEventLoop:
         """See `EventLoop`."""
         self._callbacks.append(callback)
         if self._parked and self._task is not None:
-            from trio.lowlevel import reschedule
-
             self._parked = False
-            reschedule(self._task)
+            self.lowlevel.reschedule(self._task)
 
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""
         self._token.run_sync_soon(callback)
 
     async def run(self) -> None:
-        """Run the callbacks; until cancelled."""
-        from trio import lowlevel
+        """Run the callbacks and watch the sockets; until cancelled."""
+        with selectors.DefaultSelector() as self.selector:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(self._watch)
+                await self._call_back()
 
-        def abort(_raise_cancel: Any) -> lowlevel.Abort:
+    async def _watch(self) -> None:
+        while True:
+            await self.lowlevel.wait_readable(self.selector.fileno())
+            for key, _ in self.selector.select(0):
+                key.data()
+
+    async def _call_back(self) -> None:
+        lowlevel = self.lowlevel
+
+        def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
             self._parked = False
-            return lowlevel.Abort.SUCCEEDED
+            return self.abort_succeeded
 
         self._task = lowlevel.current_task()
         while True:

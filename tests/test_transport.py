@@ -10,7 +10,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -19,12 +19,14 @@ import anyio
 import anyio.to_thread
 import pytest
 import trio
+import trio.testing
 from anyio.lowlevel import checkpoint
 
 from roomsock.transport import (
     ENCRYPT_SIZE,
     READ_SIZE,
     AsyncioTransport,
+    EventLoop,
     SocketTransport,
     TLSTransport,
     TrioEventLoop,
@@ -46,7 +48,18 @@ def sockets() -> Iterator[list[socket.socket]]:
 
 
 @pytest.fixture
-def connect(sockets: list[socket.socket]) -> Callable[[], Pair]:
+async def loop() -> AsyncIterator[EventLoop]:
+    """The event loop of a server that runs."""
+    loop = running_event_loop()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(loop.run)
+        await anyio.wait_all_tasks_blocked()
+        yield loop
+        tg.cancel_scope.cancel()
+
+
+@pytest.fixture
+def connect(sockets: list[socket.socket], loop: EventLoop) -> Callable[[], Pair]:
     """Makes a transport and the peer's (non-blocking) end of its TCP connection."""
 
     def connect() -> Pair:
@@ -56,7 +69,7 @@ def connect(sockets: list[socket.socket]) -> Callable[[], Pair]:
         ours.setblocking(False)
         peer.setblocking(False)
         sockets.extend((ours, peer))
-        return running_event_loop().transport(ours), peer
+        return loop.transport(ours), peer
 
     return connect
 
@@ -401,6 +414,45 @@ def test_who_waits_goes_on_in_its_own_task_and_context(use_uvloop: bool) -> None
     anyio.run(main, backend_options={"use_uvloop": use_uvloop})
 
 
+def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_lost() -> None:
+    async def main() -> None:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        loop = TrioEventLoop(trio.lowlevel.current_trio_token())
+        transport = loop.transport(ours)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            await trio.testing.wait_all_tasks_blocked()
+            registered = loop.selector.get_map()
+            with trio.CancelScope() as scope:
+                nursery.start_soon(trio.testing.wait_all_tasks_blocked)
+                scope.cancel()
+                await transport.receive()
+            peer.send(b"one")  # who was cancelled does not read any more: it stays where it is
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(registered) == 0
+            assert await transport.receive() == b"one"
+            assert len(registered) == 1
+
+            with trio.CancelScope() as scope:
+                nursery.start_soon(transport_is_read_and_cancelled, transport, peer, scope)
+                assert await transport.receive() == b"two"
+            transport.close()
+            assert await transport.receive() is None
+            nursery.cancel_scope.cancel()
+        peer.close()
+
+    async def transport_is_read_and_cancelled(
+        transport: SocketTransport, peer: socket.socket, scope: trio.CancelScope
+    ) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        peer.send(b"two")
+        transport._readable()  # what the loop would call now: the task has not had its turn
+        scope.cancel()
+
+    trio.run(main)
+
+
 class Counting(AsyncioTransport):
     """Counts how often the loop calls back."""
 
@@ -529,7 +581,7 @@ async def test_the_peer_sees_the_end_after_close(connect: Callable[[], Pair], bu
 
 
 async def test_a_new_socket_with_the_same_number_works(
-    sockets: list[socket.socket],
+    sockets: list[socket.socket], loop: EventLoop
 ) -> None:
     transports: list[SocketTransport] = []
     number = None
@@ -543,7 +595,7 @@ async def test_a_new_socket_with_the_same_number_works(
         assert ours.fileno() == number
         ours.setblocking(False)
         peer.setblocking(False)
-        transport = running_event_loop().transport(ours)
+        transport = loop.transport(ours)
         transports.append(transport)
         for message in b"one", b"two":
             peer.send(message)
