@@ -113,13 +113,14 @@ def running_event_loop() -> EventLoop:
 class SocketTransport:
     """A plain TCP or unix socket; how its input is waited for is the event loops' difference."""
 
-    __slots__ = ("_closed", "_sock")
+    __slots__ = ("_closed", "_sock", "_writing")
 
     unsent = 0
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._closed = False
+        self._writing = False  # somebody waits, or has waited, to write
 
     async def handshake(self) -> None:
         """Nothing comes before the first byte."""
@@ -137,6 +138,7 @@ class SocketTransport:
 
     async def wait_writable(self) -> None:
         """See `Transport`."""
+        self._writing = True
         while not self._closed:
             with suppress(anyio.ClosedResourceError):  # `close` ends the wait
                 await anyio.wait_writable(self._sock)
@@ -173,7 +175,8 @@ class SocketTransport:
         self._closed = True
         self._unregister()
         self.wake()
-        anyio.notify_closing(self._sock)
+        if self._writing:
+            anyio.notify_closing(self._sock)
         self._sock.close()
 
     def _unregister(self) -> None:
@@ -221,7 +224,8 @@ class AsyncioTransport(SocketTransport):
                 self._failed = False
                 self._unregister()
         if not self._registered:
-            self._loop.add_reader(self._sock, self._readable)
+            # The number: with the socket itself selectors would format its repr.
+            self._loop.add_reader(self._sock.fileno(), self._readable)
             self._registered = True
         self._asyncio_future_blocking = True
         try:
@@ -308,7 +312,7 @@ class AsyncioTransport(SocketTransport):
     def _unregister(self) -> None:
         if self._registered:
             self._registered = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._sock.fileno())
 
     def wake(self) -> None:
         """See `Transport`."""

@@ -76,7 +76,7 @@ MEMBERS = {
 
 #: In lines of code. 700 of them came with what strangers make necessary: bounded inflation, trusted
 #: proxies, a handshake checked in full.
-MOST_CODE = 4_800
+MOST_CODE = 5_050
 LONGEST_FUNCTION = 60
 
 
