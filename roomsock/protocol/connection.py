@@ -36,6 +36,7 @@ from .frames import (
     encode_close,
     encode_frame,
     frame_size,
+    may_be_sent,
     truncated,
     unmask,
 )
@@ -60,9 +61,6 @@ STEP_FRAMES = 128
 STEP_INFLATED = 256 * 1024
 
 _STEP = range(STEP_MESSAGES)
-
-#: Registered with IANA after RFC 6455 ("bad gateway"); wsproto refuses it.
-_BAD_GATEWAY = 1014
 
 
 class Connection:
@@ -346,17 +344,18 @@ class Connection:
         first = data[position]
         if data[position + 1] & MASKED:
             payload = unmask(data[start:stop], data[start - 4 : start])
-            # Flawless pings and pongs change nothing in wsproto; a connection that sees only these
-            # never has one.
+            # What is flawless changes nothing in wsproto; a connection that sees nothing else never
+            # has one.
             if first == FIN | PING:
                 self._owe(encode_frame(PONG, payload))
                 return
             if first == FIN | PONG:
                 self._handle_pong(payload, events)
                 return
-            if first == FIN | CLOSE and int.from_bytes(payload[:2], "big") == _BAD_GATEWAY:
+            code = int.from_bytes(payload[:2], "big") if payload else int(CloseCode.NO_STATUS)
+            if first == FIN | CLOSE and (not payload or may_be_sent(code)):
                 try:
-                    events.append(PeerClosed(_BAD_GATEWAY, payload[2:].decode()))
+                    events.append(PeerClosed(code, payload[2:].decode()))
                 except UnicodeDecodeError:
                     self._fail(events, CloseCode.INVALID_DATA, "invalid UTF-8")
                 else:

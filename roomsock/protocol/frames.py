@@ -65,14 +65,18 @@ def truncated(reason: str) -> str:
     return data[:CLOSE_REASON_SIZE].decode("utf-8", "ignore")
 
 
+def may_be_sent(code: int) -> bool:
+    """Whether a close frame may hold the code (7.4); 1014 came to IANA's registry later."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
 def check_close(code: int) -> None:
     """Refuse a close code that must not be sent.
 
     Raises:
         ValueError: Not an int, or not one of 1000-1003, 1007-1014 or 3000-4999 (7.4).
     """
-    allowed = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-    if not (allowed and isinstance(code, int)):
+    if not (may_be_sent(code) and isinstance(code, int)):
         raise ValueError(f"close code {code} must not be sent: use 1000-1003, 1007-1014, 3000-4999")
 
 
