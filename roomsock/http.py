@@ -101,10 +101,16 @@ class Request:
             fold=str.lower,
         )
 
+    def _getall(self, name: str) -> list[str]:
+        """``headers.getall`` of a lower-case name, without taking the other headers apart."""
+        start = f"{name}:".encode("latin-1")
+        lines = self._header_block.split(b"\n")
+        return [line[len(start) :].decode("latin-1") for line in lines if line.startswith(start)]
+
     @property
     def subprotocols(self) -> tuple[str, ...]:
         """The WebSocket sub-protocols the client offered, in its order."""
-        offers = self.headers.getall("sec-websocket-protocol")
+        offers = self._getall("sec-websocket-protocol")
         return tuple(token for token in map(str.strip, ",".join(offers).split(",")) if token)
 
     @property
@@ -119,7 +125,7 @@ class Request:
         ``[name]`` is the one with the longest path (RFC 6265, section 5.4)."""
         # Not by http.cookies: it gives up at the first cookie outside its grammar, so that somebody
         # else's on the same domain would hide ours, and takes 1.2 s for 16 KiB of backslashes.
-        cookies = ";".join(self.headers.getall("cookie")).split(";")
+        cookies = ";".join(self._getall("cookie")).split(";")
         pairs = (cookie.partition("=") for cookie in cookies)
         return MultiMapping(
             (name.strip(), value.strip(' \t"')) for name, equals, value in pairs if equals

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from roomsock.http import Request
 from roomsock.limits import Limits
+from roomsock.protocol.deflate import Compression
 from roomsock.protocol.handshake import (
     Handshake,
     HandshakeEvent,
@@ -768,6 +769,13 @@ def test_head_refused_before_it_was_parsed_gets_no_body() -> None:
     assert (status, headers["content-length"], body) == (414, "4", b"")
 
 
+@pytest.mark.parametrize("byte", sorted({*range(0x20), 0x7F} - {0x09, 0x0A}))
+def test_no_control_character_passes(byte: int) -> None:
+    data = upgrade("X-Odd: a!b").replace(b"!", bytes([byte]))
+    event = Handshake(LIMITS).receive_data(data)
+    assert event == Refused(400, "malformed request: control character")
+
+
 # Answers
 
 
@@ -797,6 +805,21 @@ def test_an_independent_client_takes_the_101(subprotocol: str | None) -> None:
     assert isinstance(answer, wsproto.events.AcceptConnection)
     assert answer.subprotocol == subprotocol
     assert (b"x-room", b"1") in answer.extra_headers
+
+
+@pytest.mark.parametrize("subprotocol", [None, "a"])
+@pytest.mark.parametrize("compression", [None, Compression()])
+def test_a_plain_101_is_what_h11_writes(
+    subprotocol: str | None, compression: Compression | None
+) -> None:
+    data = upgrade("Sec-WebSocket-Protocol: a", "Sec-WebSocket-Extensions: permessage-deflate")
+    answers = []
+    for headers in [(), [("X-Room", "1")]]:
+        handshake = Handshake(LIMITS, compression=compression)
+        handshake.receive_data(data)
+        answers.append(handshake.accept(subprotocol, headers))
+    ours, by_h11 = answers
+    assert by_h11 == ours.removesuffix(b"\r\n") + b"X-Room: 1\r\n\r\n"
 
 
 def test_a_subprotocol_that_was_not_offered_is_the_callers_mistake() -> None:
