@@ -43,6 +43,7 @@ from .protocol.handshake import (
 )
 from .receiver import TURN_MESSAGES, Receiver
 from .sender import Sender
+from .signatures import Role
 from .transport import Transport
 from .websocket import WebSocket
 
@@ -168,7 +169,7 @@ class Driver:
                 await self._wind_up()
             finally:
                 try:
-                    if self.accepted:
+                    if self.accepted and not self._finishing:
                         await self._finish()
                 finally:
                     self._leave()
@@ -305,28 +306,28 @@ class Driver:
         if self._end is None:  # the handler was cancelled although nothing had ended
             self.close(CloseCode.GOING_AWAY, "")
         reason = self._closed_error()
-        dispatcher, limit = self._server.dispatcher, self._server.app.limits.on_close
+        dispatcher = self._server.dispatcher
+        self._grace_ends = inf
         try:
             if self._tell is not None:
                 told = dispatcher.tell_end(self._ws, self._endpoint, self._tell)
-                await self._bounded(told, "the error handler")
+                await self._bounded(told, "the error handler", anyio.CancelScope())
         finally:
             self._rooms = self._ws._leave_all()
             try:
-                # A stopping server waits no longer, but on_close is owed to every connection.
-                with anyio.move_on_after(limit, shield=True) as scope:
+                if Role.ON_CLOSE in self._endpoint.handlers:
                     told = dispatcher.tell_close(self._ws, self._endpoint, reason)
-                    await self._bounded(told, "on_close")
-                if scope.cancelled_caught:
-                    logger.error(TOOK_TOO_LONG, "on_close", self._endpoint.path)
+                    # A stopping server waits no longer, but on_close is owed to every connection.
+                    scope = anyio.move_on_after(self._server.app.limits.on_close, shield=True)
+                    await self._bounded(told, "on_close", scope)
             finally:
                 self._release()
 
-    async def _bounded(self, call: Awaitable[None], what: str) -> None:
+    async def _bounded(self, call: Awaitable[None], what: str, scope: anyio.CancelScope) -> None:
         assert self._endpoint is not None
         cancelled = anyio.get_cancelled_exc_class()
         try:
-            with anyio.CancelScope() as scope:
+            with scope:
                 self._scope = scope
                 self._cancelled = False
                 self._grace_ends = self._server.now + self._server.app.limits.on_close
