@@ -305,7 +305,6 @@ class Driver:
         assert self._ws is not None and self._endpoint is not None
         if self._end is None:  # the handler was cancelled although nothing had ended
             self.close(CloseCode.GOING_AWAY, "")
-        reason = self._closed_error()
         dispatcher = self._server.dispatcher
         self._grace_ends = inf
         try:
@@ -316,7 +315,7 @@ class Driver:
             self._rooms = self._ws._leave_all()
             try:
                 if Role.ON_CLOSE in self._endpoint.handlers:
-                    told = dispatcher.tell_close(self._ws, self._endpoint, reason)
+                    told = dispatcher.tell_close(self._ws, self._endpoint, self._closed_error())
                     # A stopping server waits no longer, but on_close is owed to every connection.
                     scope = anyio.move_on_after(self._server.app.limits.on_close, shield=True)
                     await self._bounded(told, "on_close", scope)
@@ -515,9 +514,10 @@ class Driver:
 
     def crash(self, error: BaseException) -> None:
         """See `Link`. RFC 6455, section 7.4.1; the reason stays empty, details are nobody's."""
-        end = ConnectionClosedError(CloseCode.INTERNAL_ERROR, "", "server")
-        end.__cause__ = error
-        self._finish_with(end)
+        if self._end is None:
+            end = ConnectionClosedError(CloseCode.INTERNAL_ERROR, "", "server")
+            end.__cause__ = error
+            self._finish_with(end)
         if self._receiver is not None:  # also when it had ended before: nobody handles it any more
             self._receiver.inbox.clear()
 
