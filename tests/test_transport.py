@@ -121,6 +121,24 @@ async def test_bytes_arrive_and_so_does_the_end(connect: Callable[[], Pair]) -> 
     transport.close()
 
 
+class Unprinted(socket.socket):
+    """Looking at its repr takes three system calls."""
+
+    def __repr__(self) -> str:
+        raise AssertionError("a socket was formatted")
+
+
+async def test_no_socket_is_formatted_to_watch_it(sockets: list[socket.socket]) -> None:
+    pair = socket.socketpair()
+    ours, peer = Unprinted(fileno=pair[0].detach()), pair[1]
+    sockets.append(peer)
+    ours.setblocking(False)
+    transport = running_event_loop().transport(ours)
+    peer.send(b"x")
+    assert await received(transport) == b"x"
+    transport.close()
+
+
 async def test_a_read_is_bounded(connect: Callable[[], Pair]) -> None:
     transport, peer = connect()
     peer.send(b"x" * (READ_SIZE + 1))

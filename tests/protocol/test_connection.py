@@ -723,6 +723,14 @@ def test_nothing_is_parsed_or_kept_after_the_end(bad: bytes) -> None:
     assert conn.next_deadline() == inf
 
 
+@pytest.mark.parametrize("data", [close(1000), close(4999, b"reason"), frame(CLOSE, b"")])
+def test_a_flawless_close_makes_no_wsproto_connection(data: bytes) -> None:
+    conn = Connection(LIMITS, now=NOW)
+    (event,), _ = feed(conn, [data])
+    assert isinstance(event, PeerClosed)
+    assert conn._wsproto is None
+
+
 def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result() -> None:
     payload = bytes(range(256)) * 260
     data = frame(BINARY, payload)
