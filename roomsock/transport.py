@@ -17,7 +17,7 @@ import ssl
 import sys
 import termios
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import Context
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,11 +83,15 @@ class EventLoop(Protocol):
         """A transport for a connected, non-blocking socket."""
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
-        """Start a task, which nobody waits for or cancels, and which must not raise. To be called
+        """Start a task, which nobody waits for or cancels, and which ends by `end`. To be called
         in a task of the server; what it returns must be kept while the new one runs.
 
         (A task of anyio's has an event, a scope and a handle of its own: 2.3 to 2.6 KiB.)
         """
+
+    def end(self, error: BaseException | None) -> None:
+        """The last that a started task calls: with an error, `run` raises it, which ends the
+        server; its own cancellation only ends the task."""
 
     @property
     def call_soon(self) -> Callable[[Callable[[], None]], object]:
@@ -98,7 +102,7 @@ class EventLoop(Protocol):
         """Call back once, soon, from any thread or signal handler."""
 
     async def run(self) -> None:
-        """What the loop needs to run beside the server; returns when it needs nothing."""
+        """What has to run beside the server, from before its first transport: until cancelled."""
 
 
 def running_event_loop() -> EventLoop:
@@ -110,15 +114,53 @@ def running_event_loop() -> EventLoop:
     return TrioEventLoop(native)
 
 
-class SocketTransport:
-    """A plain TCP or unix socket; how its input is waited for is the event loops' difference."""
+class Watch:
+    """Calls back for the sockets that have something to read.
 
-    __slots__ = ("_closed", "_sock", "_writing")
+    It has a descriptor of its own, the only one that the event loop has to watch: a loop's own way
+    costs more for each read, and on trio two system calls.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.fileno = self._selector.fileno
+
+    def add(self, fd: int, reader: Callable[[], None]) -> None:
+        """Call a reader whenever there is something, until it is removed."""
+        self._selector.register(fd, selectors.EVENT_READ, reader)
+
+    def remove(self, fd: int) -> None:
+        """Let go of a socket, before it is closed."""
+        with suppress(KeyError):  # closed already: something has ended the server
+            self._selector.unregister(fd)
+
+    def call_back(self) -> None:
+        """Call the readers of all sockets that have something now."""
+        for key, _ in self._selector.select(0):
+            try:
+                key.data()
+            except Exception:  # a mistake of ours must cost that connection alone
+                logger.exception("%r raised", key.data)
+
+    def close(self) -> None:
+        """Let go of all sockets."""
+        self._selector.close()
+
+
+class SocketTransport:
+    """A plain TCP or unix socket; how a task waits for it, and goes on, is the event loops'
+    difference."""
+
+    __slots__ = ("_closed", "_data", "_registered", "_sock", "_waiter", "_watch", "_writing")
 
     unsent = 0
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, watch: Watch) -> None:
         self._sock = sock
+        self._watch = watch
+        self._registered = False
+        self._waiter: Any = None  # what goes on when there is something
+        self._data: bytes | None = None  # with what it goes on
         self._closed = False
         self._writing = False  # somebody waits, or has waited, to write
 
@@ -128,6 +170,32 @@ class SocketTransport:
     def receive(self) -> Awaitable[bytes | None]:
         """See `Transport`."""
         raise NotImplementedError
+
+    def _go_on(self) -> None:
+        """Have who waits go on; only for the event loop, which runs no task of asyncio's then."""
+        raise NotImplementedError
+
+    def _register(self) -> None:
+        self._registered = True
+        self._watch.add(self._sock.fileno(), self._readable)
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._registered = False
+            self._watch.remove(self._sock.fileno())
+
+    def _readable(self) -> None:
+        if self._waiter is None:
+            # Nobody reads: leave the bytes to the kernel, which holds the peer back.
+            self._unregister()
+            return
+        try:
+            self._data = self._sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # reset by the peer: an end like any other
+            self._data = b""
+        self._go_on()
 
     def send(self, data: bytes) -> int:
         """See `Transport`."""
@@ -139,10 +207,13 @@ class SocketTransport:
     async def wait_writable(self) -> None:
         """See `Transport`."""
         self._writing = True
-        while not self._closed:
-            with suppress(anyio.ClosedResourceError):  # `close` ends the wait
-                await anyio.wait_writable(self._sock)
-                break
+        try:
+            while not self._closed:
+                with suppress(anyio.ClosedResourceError):  # `close` ends the wait
+                    await anyio.wait_writable(self._sock)
+                    break
+        except RuntimeError as error:  # uvloop's, on a socket that it has reported an error on
+            raise ConnectionResetError(str(error)) from None
 
     async def finish_writing(self) -> None:
         """See `Transport`."""
@@ -179,37 +250,22 @@ class SocketTransport:
             anyio.notify_closing(self._sock)
         self._sock.close()
 
-    def _unregister(self) -> None:
-        raise NotImplementedError
-
 
 class AsyncioTransport(SocketTransport):
-    """A plain socket on asyncio, whose registration for reading is kept between reads.
+    """A plain socket on asyncio or uvloop.
 
     It is also what its reader awaits: a future-like object (see ``asyncio.isfuture``) that goes on
-    with the task right in the loop's call back for the socket. A future would cost an object, a
-    handle and another pass of the loop for every read.
+    with the task right in the loop's call back. A future would cost an object, a handle and another
+    pass of the loop for every read.
     """
 
-    __slots__ = (
-        "_asyncio_future_blocking", "_cancelled", "_context", "_data", "_failed", "_goes_deaf",
-        "_loop", "_registered", "_resume",
-    )  # fmt: skip
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop")
 
-    def __init__(
-        self, sock: socket.socket, loop: asyncio.AbstractEventLoop, *, goes_deaf: bool = False
-    ) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(sock, watch)
         self._loop = loop
-        #: uvloop stops watching a socket once it has reported an error on it (libuv's uv_poll),
-        #: which does not show in the call back: there may have been bytes to read, too.
-        self._goes_deaf = goes_deaf
-        self._failed = False  # reset by the peer: the rest is read without the loop
-        self._registered = False
         self._asyncio_future_blocking = False
-        self._resume: Callable[[AsyncioTransport], object] | None = None  # of who waits
-        self._context: Context | None = None
-        self._data: bytes | None = None
+        self._context: Context | None = None  # of who waits
         self._cancelled: asyncio.CancelledError | None = None
 
     @coroutine
@@ -217,48 +273,26 @@ class AsyncioTransport(SocketTransport):
         """See `Transport`."""
         if self._closed:
             return None
-        if self._failed:
-            try:
-                return self._recv()
-            except (BlockingIOError, InterruptedError):  # it was writing that failed
-                self._failed = False
-                self._unregister()
         if not self._registered:
-            # The number: with the socket itself selectors would format its repr.
-            self._loop.add_reader(self._sock.fileno(), self._readable)
-            self._registered = True
+            self._register()
         self._asyncio_future_blocking = True
         try:
             yield self
         finally:
-            self._resume = self._context = None
+            self._waiter = self._context = None
         data, self._data = self._data, None
         return data
 
-    def _readable(self) -> None:
-        resume, context = self._resume, self._context
-        if resume is None or context is None:
-            # Nobody reads: leave the bytes to the kernel, which holds the peer back.
-            self._unregister()
-            return
-        try:
-            self._data = self._recv()
-        except (BlockingIOError, InterruptedError):
-            return
-        self._resume = None
-        context.run(resume, self)
+    def _go_on(self) -> None:
+        resume, self._waiter = self._waiter, None
+        assert self._context is not None
+        self._context.run(resume, self)
 
-    def _recv(self) -> bytes:
-        try:
-            data = self._sock.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            raise
-        except OSError:  # reset by the peer: an end like any other
-            self._failed = True
-            return b""
-        if self._goes_deaf and self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._failed = True
-        return data
+    def wake(self) -> None:
+        """See `Transport`."""
+        if self._waiter is not None:  # not at once: another task may be running
+            self._loop.call_soon(self._waiter, self, context=self._context)
+            self._waiter = None
 
     # What a task asks of the future that it waits for
 
@@ -270,11 +304,11 @@ class AsyncioTransport(SocketTransport):
         self, resume: Callable[[AsyncioTransport], object], *, context: Context
     ) -> None:
         """See ``asyncio.Future``."""
-        self._resume, self._context = resume, context
+        self._waiter, self._context = resume, context
 
     def done(self) -> bool:
         """See ``asyncio.Future``."""
-        return self._resume is None
+        return self._waiter is None
 
     def result(self) -> None:
         """See ``asyncio.Future``."""
@@ -284,95 +318,46 @@ class AsyncioTransport(SocketTransport):
 
     def cancel(self, msg: object = None) -> bool:
         """See ``asyncio.Future``."""
-        if self._resume is None:
+        if self._waiter is None:
             return False
         # Whose cancellation it is stands in the message (anyio looks for its own).
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
         self.wake()
         return True
 
-    def send(self, data: bytes) -> int:
-        """See `Transport`."""
-        try:  # not by `super`, which is a quarter of what this costs
-            return self._sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:
-            self._failed = True  # and the kernel has forgotten the error now
-            raise
-
-    async def wait_writable(self) -> None:
-        """See `Transport`."""
-        try:
-            await super().wait_writable()
-        except RuntimeError as error:  # uvloop's, on a socket that it has reported an error on
-            self._failed = True
-            raise ConnectionResetError(str(error)) from None
-
-    def _unregister(self) -> None:
-        if self._registered:
-            self._registered = False
-            self._loop.remove_reader(self._sock.fileno())
-
-    def wake(self) -> None:
-        """See `Transport`."""
-        if self._resume is not None:  # not at once: another task may be running
-            self._loop.call_soon(self._resume, self, context=self._context)
-            self._resume = None
-
 
 class TrioTransport(SocketTransport):
-    """A plain socket on trio, registered once: trio itself would be told of it for every read."""
+    """A plain socket on trio."""
 
-    __slots__ = ("_data", "_loop", "_registered", "_task")
+    __slots__ = ("_lowlevel",)
 
-    def __init__(self, sock: socket.socket, loop: TrioEventLoop) -> None:
-        super().__init__(sock)
-        self._loop = loop
-        self._registered = False
-        self._task: trio.lowlevel.Task | None = None  # which waits
-        self._data: bytes | None = None  # what it is woken with
+    def __init__(self, sock: socket.socket, watch: Watch, lowlevel: Any) -> None:
+        super().__init__(sock, watch)
+        self._lowlevel = lowlevel
 
     async def receive(self) -> bytes | None:
         """See `Transport`."""
         if self._closed:
             return None
         if not self._registered:
-            self._loop.selector.register(self._sock.fileno(), selectors.EVENT_READ, self._readable)
-            self._registered = True
-        lowlevel = self._loop.lowlevel
-        self._task = lowlevel.current_task()
-        await lowlevel.wait_task_rescheduled(self._abort)
+            self._register()
+        self._waiter = self._lowlevel.current_task()
+        await self._lowlevel.wait_task_rescheduled(self._abort)
         data, self._data = self._data, None
         return data
 
-    def _abort(self, _raise_cancel: Any) -> trio.lowlevel.Abort:
-        self._task = None
-        return self._loop.abort_succeeded
+    def _abort(self, _raise_cancel: Any) -> Any:
+        self._waiter = None
+        return self._lowlevel.Abort.SUCCEEDED
 
-    def _readable(self) -> None:
-        if self._task is None:
-            # Nobody reads: leave the bytes to the kernel, which holds the peer back.
-            self._unregister()
-            return
-        try:
-            self._data = self._sock.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:  # reset by the peer: an end like any other
-            self._data = b""
+    def _go_on(self) -> None:
         self.wake()
-
-    def _unregister(self) -> None:
-        if self._registered:
-            self._registered = False
-            self._loop.selector.unregister(self._sock.fileno())
 
     def wake(self) -> None:
         """See `Transport`."""
-        if self._task is not None:
-            self._loop.lowlevel.reschedule(self._task)
-            self._task = None
+        if self._waiter is not None:
+            self._lowlevel.reschedule(self._waiter)
+            self._waiter = None
 
 
 class TLSTransport:
@@ -500,6 +485,8 @@ class AsyncioEventLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.watch: Watch
+        self._failure: asyncio.Future[None] = loop.create_future()
         self.name = "uvloop" if type(loop).__module__.startswith("uvloop") else "asyncio"
         self.call_soon: Callable[[Callable[[], None]], object] = loop.call_soon
         self.call_soon_threadsafe: Callable[[Callable[[], None]], object]
@@ -507,14 +494,27 @@ class AsyncioEventLoop:
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
-        return AsyncioTransport(sock, self._loop, goes_deaf=self.name == "uvloop")
+        return AsyncioTransport(sock, self.watch, self._loop)
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
         """See `EventLoop`."""
         return self._loop.create_task(function(), name=name)
 
+    def end(self, error: BaseException | None) -> None:
+        """See `EventLoop`."""
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
     async def run(self) -> None:
-        """Nothing is needed."""
+        """Watch the sockets; until cancelled."""
+        with closing(Watch()) as self.watch:
+            self._loop.add_reader(self.watch.fileno(), self.watch.call_back)
+            try:
+                await self._failure
+            finally:
+                self._loop.remove_reader(self.watch.fileno())
 
 
 class TrioEventLoop:
@@ -527,6 +527,7 @@ class TrioEventLoop:
         from trio import lowlevel
 
         self.lowlevel = lowlevel
+        self.watch: Watch
         self.abort_succeeded = lowlevel.Abort.SUCCEEDED
         self._token = token
         self._callbacks: list[Callable[[], None]] = []
@@ -535,7 +536,7 @@ class TrioEventLoop:
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
-        return TrioTransport(sock, self)
+        return TrioTransport(sock, self.watch, self.lowlevel)
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
         """See `EventLoop`."""
@@ -543,6 +544,11 @@ class TrioEventLoop:
         assert nursery is not None
         nursery.start_soon(function, name=name)
         return nursery
+
+    def end(self, error: BaseException | None) -> None:
+        """See `EventLoop`. The nursery takes it."""
+        if error is not None:
+            raise error
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""
@@ -557,16 +563,15 @@ class TrioEventLoop:
 
     async def run(self) -> None:
         """Run the callbacks and watch the sockets; until cancelled."""
-        with selectors.DefaultSelector() as self.selector:
+        with closing(Watch()) as self.watch:
             async with anyio.create_task_group() as tg:
                 tg.start_soon(self._watch)
                 await self._call_back()
 
     async def _watch(self) -> None:
         while True:
-            await self.lowlevel.wait_readable(self.selector.fileno())
-            for key, _ in self.selector.select(0):
-                key.data()
+            await self.lowlevel.wait_readable(self.watch.fileno())
+            self.watch.call_back()
 
     async def _call_back(self) -> None:
         lowlevel = self.lowlevel

@@ -10,7 +10,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -87,6 +87,20 @@ async def arrived(peer: socket.socket) -> bytes:
         return peer.recv(READ_SIZE)
 
 
+def on_asyncio(main: Callable[[EventLoop], Awaitable[None]], *, use_uvloop: bool) -> None:
+    """Run a test beside what an event loop needs to run."""
+
+    async def run() -> None:
+        loop = running_event_loop()
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(loop.run)
+            await anyio.wait_all_tasks_blocked()
+            await main(loop)
+            tg.cancel_scope.cancel()
+
+    anyio.run(run, backend_options={"use_uvloop": use_uvloop})
+
+
 async def received(transport: SocketTransport | TLSTransport) -> bytes | None:
     with anyio.fail_after(PATIENCE):
         return await transport.receive()
@@ -128,12 +142,14 @@ class Unprinted(socket.socket):
         raise AssertionError("a socket was formatted")
 
 
-async def test_no_socket_is_formatted_to_watch_it(sockets: list[socket.socket]) -> None:
+async def test_no_socket_is_formatted_to_watch_it(
+    loop: EventLoop, sockets: list[socket.socket]
+) -> None:
     pair = socket.socketpair()
     ours, peer = Unprinted(fileno=pair[0].detach()), pair[1]
     sockets.append(peer)
     ours.setblocking(False)
-    transport = running_event_loop().transport(ours)
+    transport = loop.transport(ours)
     peer.send(b"x")
     assert await received(transport) == b"x"
     transport.close()
@@ -328,11 +344,11 @@ async def test_a_cancelled_receive_loses_nothing(connect: Callable[[], Pair]) ->
 def test_asyncio_keeps_what_a_cancelled_task_had_read() -> None:
     """asyncio cancels a task although what it waited for has come, anyio's scopes do not."""
 
-    async def main() -> None:
+    async def main(loop: EventLoop) -> None:
         ours, peer = socket.socketpair()
         ours.setblocking(False)
-        transport = running_event_loop().transport(ours)
-        task = asyncio.create_task(transport.receive())
+        transport = loop.transport(ours)
+        task = asyncio.create_task(received(transport))
         await asyncio.sleep(0)
         peer.send(b"hello")
         peer.shutdown(socket.SHUT_WR)
@@ -348,7 +364,7 @@ def test_asyncio_keeps_what_a_cancelled_task_had_read() -> None:
         transport.close()
         peer.close()
 
-    asyncio.run(main())
+    on_asyncio(main, use_uvloop=False)
 
 
 @pytest.mark.parametrize("end", [b"hello", b""])
@@ -357,10 +373,10 @@ def test_asyncio_keeps_what_a_cancelled_task_had_read() -> None:
 def test_what_comes_behind_the_end_of_a_wait_is_for_the_next(
     use_uvloop: bool, how: str, end: bytes
 ) -> None:
-    async def main() -> None:
+    async def main(loop: EventLoop) -> None:
         ours, peer = socket.socketpair()
         ours.setblocking(False)
-        transport = AsyncioTransport(ours, asyncio.get_running_loop())
+        transport = loop.transport(ours)
         task = asyncio.create_task(received(transport))
         await anyio.wait_all_tasks_blocked()
         if end:
@@ -378,34 +394,39 @@ def test_what_comes_behind_the_end_of_a_wait_is_for_the_next(
         transport.close()
         peer.close()
 
-    anyio.run(main, backend_options={"use_uvloop": use_uvloop})
+    on_asyncio(main, use_uvloop=use_uvloop)
 
 
 def test_whose_cancellation_ends_a_wait_can_be_told() -> None:
-    async def main() -> None:
+    async def main(loop: EventLoop) -> None:
         ours, peer = socket.socketpair()
         ours.setblocking(False)
-        transport = AsyncioTransport(ours, asyncio.get_running_loop())
-        task = asyncio.create_task(received(transport))
+        transport = loop.transport(ours)
+
+        async def receive() -> None:
+            with pytest.raises(asyncio.CancelledError, match=r"^by the test$"):
+                await transport.receive()
+
+        task = asyncio.create_task(receive())
         await anyio.wait_all_tasks_blocked()
         task.cancel("by the test")
+        assert isinstance(transport, AsyncioTransport)
         assert not transport.cancel("too late")
-        with pytest.raises(asyncio.CancelledError, match=r"^by the test$"):
-            await task
+        await task
         transport.close()
         peer.close()
 
-    asyncio.run(main())
+    on_asyncio(main, use_uvloop=False)
 
 
 @pytest.mark.parametrize("use_uvloop", [False, True])
 def test_who_waits_goes_on_in_its_own_task_and_context(use_uvloop: bool) -> None:
     number: ContextVar[int] = ContextVar("number", default=0)
 
-    async def main() -> None:
+    async def main(loop: EventLoop) -> None:
         ours, peer = socket.socketpair()
         ours.setblocking(False)
-        transport = AsyncioTransport(ours, asyncio.get_running_loop())
+        transport = loop.transport(ours)
 
         async def count() -> None:
             nonlocal counted
@@ -429,7 +450,7 @@ def test_who_waits_goes_on_in_its_own_task_and_context(use_uvloop: bool) -> None
         transport.close()
         peer.close()
 
-    anyio.run(main, backend_options={"use_uvloop": use_uvloop})
+    on_asyncio(main, use_uvloop=use_uvloop)
 
 
 def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_lost() -> None:
@@ -437,11 +458,11 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
         ours, peer = socket.socketpair()
         ours.setblocking(False)
         loop = TrioEventLoop(trio.lowlevel.current_trio_token())
-        transport = loop.transport(ours)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
             await trio.testing.wait_all_tasks_blocked()
-            registered = loop.selector.get_map()
+            transport = loop.transport(ours)
+            registered = loop.watch._selector.get_map()
             with trio.CancelScope() as scope:
                 nursery.start_soon(trio.testing.wait_all_tasks_blocked)
                 scope.cancel()
@@ -471,42 +492,37 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
     trio.run(main)
 
 
-class Counting(AsyncioTransport):
-    """Counts how often the loop calls back."""
-
+async def test_the_registration_is_kept_while_somebody_reads_and_dropped_otherwise(
+    loop: EventLoop, sockets: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
 
-    def _readable(self) -> None:
-        self.calls += 1
-        super()._readable()
+    def count(self: SocketTransport) -> None:
+        nonlocal calls
+        calls += 1
+        readable(self)
 
-
-@pytest.mark.parametrize("use_uvloop", [False, True])
-def test_the_registration_is_kept_while_somebody_reads_and_dropped_otherwise(
-    use_uvloop: bool,
-) -> None:
-    async def main() -> None:
-        ours, peer = socket.socketpair()
-        ours.setblocking(False)
-        transport = Counting(ours, asyncio.get_running_loop())
-        for number in range(1, 4):
-            peer.send(b"x")
-            assert await transport.receive() == b"x"
-            assert transport.calls == number
-            assert transport._registered
+    readable = SocketTransport._readable
+    monkeypatch.setattr(SocketTransport, "_readable", count)
+    ours, peer = socket.socketpair()
+    sockets.extend((ours, peer))
+    ours.setblocking(False)
+    transport = loop.transport(ours)
+    for number in range(1, 4):
         peer.send(b"x")
-        for _ in range(20):  # nobody reads: the loop calls once more, and then no more
-            await checkpoint()
-        assert transport.calls == 4
-        assert not transport._registered
-        assert await transport.receive() == b"x"
-        assert transport.calls == 5
+        assert await received(transport) == b"x"
+        assert calls == number
         assert transport._registered
-        transport.close()
-        assert not transport._registered
-        peer.close()
-
-    anyio.run(main, backend_options={"use_uvloop": use_uvloop})
+    peer.send(b"x")
+    for _ in range(20):  # nobody reads: the loop calls once more, and then no more
+        await checkpoint()
+    assert calls == 4
+    assert not transport._registered
+    assert await received(transport) == b"x"
+    assert calls == 5
+    assert transport._registered
+    transport.close()
+    assert not transport._registered
 
 
 # Writing
@@ -1066,3 +1082,22 @@ async def test_no_descriptor_is_left(connect: Callable[[], Pair]) -> None:
     transport.close()
     peer.close()
     assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+async def test_a_socket_that_outlives_what_runs_beside_the_server_can_be_closed(
+    sockets: list[socket.socket],
+) -> None:
+    loop = running_event_loop()
+    ours, peer = socket.socketpair()
+    sockets.extend((ours, peer))
+    ours.setblocking(False)
+    peer.setblocking(False)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(loop.run)
+        await anyio.wait_all_tasks_blocked()
+        transport = loop.transport(ours)
+        peer.send(b"x")
+        assert await received(transport) == b"x"
+        tg.cancel_scope.cancel()
+    transport.close()
+    assert await arrived(peer) == b""
