@@ -48,7 +48,7 @@ CLOCKS = {"time", "datetime", "sched"}
 #: Tests of something else than one module.
 OTHER_TESTS = {
     *("house", "readme", "examples", "browser", "stop", "faults", "limits_held", "autobahn"),
-    *("fuzz",),
+    *("fuzz", "counts"),
 }
 
 PUBLIC = {
