@@ -9,7 +9,7 @@ task wait for it, and the outbox grow.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -50,7 +50,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.frames: list[bytes] = []
-        self.sharers: list[Sender] = []
+        self.sharers: Sequence[Sender] = ()
         self.apart: dict[Sender, None] = {}
         self._data = b""
         self.size = 0
@@ -136,20 +136,24 @@ class Flusher:
             members.batch = None
             self._flush([each for each in batch.sharers if each.batch is batch])
 
-    def _begin(self, members: Any) -> Batch | None:
-        """A batch shared by those members who are to join and have nothing waiting, if any."""
+    def _begin(self, members: Any) -> Batch:
+        """A batch shared by those members who are to join and have nothing waiting.
+
+        Also when these are none: the room is joined for from now on, so that the next tick begins
+        with a batch that all share.
+        """
         batch = Batch()
+        sharers: list[Sender] = []
         joining = -1 if self.backlog else self.tick
         for sender in members.values():
             if sender.joins_until >= joining and sender.batch is None and not sender.blocked:
                 sender.batch = batch
                 sender.joins_until = self.tick + 1 + JOIN_TICKS
-                batch.sharers.append(sender)
+                sharers.append(sender)
             else:
                 batch.apart[sender] = None
-        if not batch.sharers:
-            return None
-        self.add(*batch.sharers)
+        batch.sharers = sharers
+        self.add(*sharers)
         self._shared.append(members)
         members.batch = batch
         return batch
@@ -244,7 +248,7 @@ class Sender:
             self._push(frame)
             return
         flusher = self._flusher
-        if self.joins_until < flusher.tick and not flusher.backlog:
+        if self.joins_until < flusher.tick and not flusher.backlog and self.batch is None:
             self.joins_until = flusher.tick
             flusher.schedule()
             self._write((frame,), frame)
@@ -303,7 +307,8 @@ class Sender:
         """Write what waits for the tick."""
         batch, self.batch = self.batch, None
         if batch is not None and batch.frames:  # none: left out of the first
-            batch.apart[self] = None  # of what comes next, too
+            if batch.sharers:
+                batch.apart[self] = None  # of what comes next, too
             self._write(batch.frames, batch.joined())
 
     def _write(self, frames: list[bytes] | tuple[bytes, ...], data: bytes) -> None:
@@ -335,11 +340,10 @@ class Sender:
         connection is found there."""
         logger.debug("writing failed: %s", error)
         self.abandon()
-        self.blocked = True
 
     def abandon(self) -> None:
         """Forget what was not written, and take nothing more."""
-        self._failed = True
+        self._failed = self.blocked = True
         self.batch = None
         self._outbox.clear()
         self.notify()

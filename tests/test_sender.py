@@ -904,6 +904,62 @@ def test_a_message_that_is_joined_costs_the_same_whatever_the_size_of_the_room()
     assert calls(10, exclude=[]) == calls(1000, exclude=[])
 
 
+def test_a_room_that_nobody_can_share_at_first_is_shared_in_the_next_tick() -> None:
+    ticks = Ticks()
+    flusher = Flusher(ticks)
+    kernels: list[Any] = [Kernel() for _ in range(5)]
+    senders = [Sender(Owner(), each, flusher, Limits(), "close") for each in kernels]
+    room = room_of(senders, flusher)
+    for sender in senders:  # each has something of its own that waits
+        sender.queue(b"at once")
+        sender.queue(b"own")
+    room.send_text("1")
+    room.send_text("2")
+    ticks.end()
+    first = encode_frame(TEXT, b"1") + encode_frame(TEXT, b"2")
+    assert all(kernel.calls == [b"at once", b"own" + first] for kernel in kernels)
+    room.send_text("3")
+    ticks.end()
+    assert len({id(kernel.calls[2]) for kernel in kernels}) == 1
+
+
+def test_what_is_queued_while_a_tick_is_flushed_is_not_overtaken() -> None:
+    unit = Unit()
+
+    class Noticing(Kernel):
+        def send(self, data: bytes | memoryview) -> int:
+            if self.calls:  # at the end of the tick: as a log handler may do
+                unit.sender.queue(b"1")
+                unit.sender.queue(b"2")
+            return super().send(data)
+
+    other: Any = Noticing()
+    sender = Sender(Owner(), other, unit.flusher, Limits(), "close")
+    for frame in (b"a", b"b"):
+        sender.queue(frame)
+    unit.ticks.callbacks.popleft()()
+    unit.ticks.callbacks.popleft()()
+    unit.sender.queue(b"3")
+    unit.ticks.end()
+    assert unit.kernel.taken == b"123"
+
+
+def test_a_connection_that_lost_a_frame_by_a_mistake_of_ours_is_sent_nothing_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unit = Unit()
+    mistake: Any = ValueError("a mistake of ours")
+    for frame in (b"1", b"2"):
+        unit.sender.queue(frame)
+    unit.kernel.error = mistake
+    unit.ticks.end()
+    unit.kernel.error = None
+    unit.sender.queue(b"3")
+    unit.ticks.end()
+    assert unit.kernel.taken == b"1"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
 async def test_rooms_share_what_is_sent_while_the_app_is_served_and_not_after() -> None:
     app = App()
     async with served(app) as server:
