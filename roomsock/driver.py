@@ -152,6 +152,8 @@ class Driver:
             try:
                 try:
                     with anyio.CancelScope() as self._scope:
+                        if self.cancelled:
+                            self._scope.cancel()
                         await self._open()
                         # `connect` may have ended it after the acceptance: then there is nobody to
                         # talk to. But what came in before the client closed is still handled.
@@ -174,7 +176,7 @@ class Driver:
                 finally:
                     self._leave()
         except BaseException as error:
-            contain(error)
+            self._server.loop.end(contain(error))
 
     async def _wind_up(self) -> None:
         with anyio.CancelScope() as self._whole:
@@ -191,7 +193,7 @@ class Driver:
         """The server waits no longer: cancel all that is done here but for ``on_close``."""
         self.cancelled = True
         scope = self._whole or self._scope
-        if scope is not None:
+        if scope is not None and not scope.shield:  # the shielded one is that of ``on_close``
             scope.cancel()
 
     async def _open(self) -> None:
@@ -392,12 +394,14 @@ class Driver:
         if self.is_gone():
             return
         self.phase = Phase.GONE
-        self.recipient.abandon()
-        self._transport.close()
-        self._drop_at = inf
-        self._server.count_closed(self)
-        if self._task_ended:
-            self._server.forget(self)
+        try:
+            self.recipient.abandon()
+            self._transport.close()
+        finally:
+            self._drop_at = inf
+            self._server.count_closed(self)
+            if self._task_ended:
+                self._server.forget(self)
 
     def _leave(self) -> None:
         """The task ends: no room may keep the connection, and nobody else closes its socket."""
@@ -735,8 +739,9 @@ class Driver:
                 self._receiver.lose()
 
 
-def contain(error: BaseException) -> None:
-    """Log what a connection's task raised, and raise only what is to leave it: cancellation."""
+def contain(error: BaseException) -> BaseException | None:
+    """Log what a connection's task raised; returns what is to leave it nevertheless: cancellation,
+    and what is no Exception."""
     if isinstance(error, OSError):
         logger.debug("a connection's task ended with %s", error)
     elif isinstance(error, Exception):
@@ -747,10 +752,10 @@ def contain(error: BaseException) -> None:
         errors, others = error.split(Exception)
         if errors is not None:
             logger.error("roomsock failed on a connection", exc_info=errors)
-        if others is not None:
-            raise others from None
+        return others
     else:
-        raise error
+        return error
+    return None
 
 
 def _is_cancelled() -> bool:

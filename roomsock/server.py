@@ -411,13 +411,18 @@ class Server:
 
     async def _end_connections(self) -> None:
         """Cancel what is left, and wait for it: no task group holds the connections' tasks."""
+        cancelled: BaseException | None = None
         with anyio.CancelScope(shield=True):
-            await checkpoint()  # who was accepted just now begins, and can be cancelled
-            for driver in list(self._drivers):
-                driver.cancel()
-            if self._drivers:
+            while self._drivers:
+                for driver in list(self._drivers):
+                    driver.cancel()
                 self._idle = anyio.Event()
-                await self._idle.wait()
+                try:
+                    await self._idle.wait()
+                except anyio.get_cancelled_exc_class() as error:  # asyncio's own knows no shield
+                    cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     async def _give_up_at(self, deadline: float, idle: anyio.Event) -> None:
         await self.clock.sleep_until(deadline)
@@ -559,7 +564,9 @@ async def _isolated(function: Callable[[], Awaitable[Any]]) -> None:
     try:
         await function()
     except BaseException as error:
-        contain(error)
+        left = contain(error)
+        if left is not None:
+            raise left from None
 
 
 def _default_connections() -> int:

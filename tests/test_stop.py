@@ -632,3 +632,97 @@ async def test_a_stop_during_the_pause_of_accepting_is_not_held_up() -> None:
         async with stream:
             await until(lambda: not listener.failures)
     assert server.counters.connections == 0
+
+
+# What ends the server although it should not have
+
+
+class Odd(BaseException):
+    """What no handler should raise: nothing but the server's owner can know what to do with it."""
+
+
+async def test_a_hard_stop_cuts_no_on_close_short() -> None:
+    app = App(limits=Limits(shutdown=1e-9))
+    ended = 0
+
+    async def wait(ws: WebSocket) -> None:
+        await anyio.sleep_forever()
+
+    async def close(ws: WebSocket, reason: ConnectionClosed) -> None:
+        nonlocal ended
+        for _ in range(20):
+            await checkpoint()
+        ended += 1
+
+    app.add_serve("/", wait)
+    app.add_on_close("/", close)
+    for times in range(1, 6):  # on trio the order is random
+        async with serving(app, port=0) as server, clients(server, *["/"] * 10):
+            server.shutdown()
+            with anyio.fail_after(PATIENCE):
+                await server.stopped()
+        assert ended == 10 * times
+
+
+async def test_what_is_no_exception_ends_the_server_in_order() -> None:
+    told = Told()
+
+    def fail(ws: WebSocket, text: str) -> None:
+        raise Odd
+
+    told.app.add_on_message("/odd", fail)
+
+    async def serve_and_send() -> None:
+        async with serving(told.app, port=0) as server, clients(server, "/odd", "/quiet") as two:
+            await two[0].send("x")
+            with anyio.fail_after(PATIENCE):
+                await anyio.sleep_forever()
+
+    with pytest.raises(BaseException) as raised:
+        await serve_and_send()
+    error = raised.value
+    while not isinstance(error, Odd):
+        [error] = error.exceptions  # type: ignore[attr-defined]
+    assert [path for path, *_ in told.closed] == ["/quiet"]
+
+
+def test_a_cancellation_that_knows_no_shield_is_not_in_time_for_on_close() -> None:
+    async def main() -> None:
+        app = App(limits=Limits(shutdown=1e-9))
+        free = asyncio.Event()
+        ended = 0
+
+        async def wait(ws: WebSocket) -> None:
+            await anyio.sleep_forever()
+
+        async def close(ws: WebSocket, reason: ConnectionClosed) -> None:
+            nonlocal ended
+            await free.wait()
+            ended += 1
+
+        app.add_serve("/", wait)
+        app.add_on_close("/", close)
+        started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+
+        class Status:
+            def started(self, value: Server) -> None:
+                started.set_result(value)
+
+        status: Any = Status()
+        serving = asyncio.create_task(serve(app, port=0, task_status=status))
+        server = await started
+        async with clients(server, "/", "/", "/"):
+            for _ in range(3):
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    if task.get_name() != "roomsock connection":
+                        task.cancel()
+                for _ in range(20):
+                    await checkpoint()
+            assert not serving.done()
+            free.set()
+            with pytest.raises(asyncio.CancelledError):
+                await serving
+            assert ended == 3
+            assert server.connections == 0
+
+    asyncio.run(main())
