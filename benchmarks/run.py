@@ -4,7 +4,7 @@
 #     [--workloads 'echo-*,json'] [--servers 'roomsock*,picows*'] [--rounds 5] [--seconds 1]
 #     [--out DIR] [--base NAME] [--quick] [--list] [--plot results.json]
 #
-# All of it takes some 50 minutes; --list says what there is. Every server has one core, the load
+# All of it takes some 45 minutes; --list says what there is. Every server has one core, the load
 # another. The rounds of a workload go through all servers, in another order each time, while the
 # others are stopped. Figures are medians of the rounds; a ratio is taken within each round: of
 # rates, or of the servers' CPU time (marked) where the load was the limit on either side. Prints
