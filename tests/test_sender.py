@@ -1421,6 +1421,10 @@ async def test_a_blocked_client_that_pings_gets_the_newest_pong_alone() -> None:
         for number in range(500):
             await slow.send_event(events.Ping(b"%d" % number))
         await clock.advance(1)
+        [driver] = server._drivers
+        with anyio.fail_after(PATIENCE):  # all are read before the client begins to
+            while encode_frame(PONG, b"499") not in driver.recipient._outbox._frames:
+                await checkpoint()
         pongs, blocks = [], 0
         while blocks < 30:
             event = await slow.event()
