@@ -171,7 +171,7 @@ class Driver:
                 await self._wind_up()
             finally:
                 try:
-                    if self.accepted and not self._finishing:
+                    if self.accepted:
                         await self._finish()
                 finally:
                     self._leave()

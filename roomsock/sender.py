@@ -101,6 +101,11 @@ class Flusher:
         #: first of its tick, and joining would never begin.)
         self.backlog = False
 
+    @property
+    def _joins_until(self) -> int:
+        """For who is joined in this tick."""
+        return self.tick + 1 + JOIN_TICKS
+
     def schedule(self) -> None:
         """Have this tick end; cheap when that is arranged already."""
         if not self._scheduled:
@@ -145,10 +150,11 @@ class Flusher:
         batch = Batch()
         sharers: list[Sender] = []
         joining = -1 if self.backlog else self.tick
+        joins_until = self._joins_until
         for sender in members.values():
             if sender.joins_until >= joining and sender.batch is None and not sender.blocked:
                 sender.batch = batch
-                sender.joins_until = self.tick + 1 + JOIN_TICKS
+                sender.joins_until = joins_until
                 sharers.append(sender)
             else:
                 batch.apart[sender] = None
@@ -170,13 +176,13 @@ class Flusher:
         shared, self._shared = self._shared, []
         for members in shared:
             members.batch = None
-            members.joins_until = self.tick + 1 + JOIN_TICKS
+            members.joins_until = self._joins_until
         self._flush(waiting)
         # Not before: what is queued meanwhile (by a log handler) must not overtake what waits.
         self.tick += 1
 
     def _flush(self, senders: list[Sender]) -> None:
-        joins_until = self.tick + 1 + JOIN_TICKS
+        joins_until = self._joins_until
         for sender in senders:
             sender.joins_until = joins_until
             try:
@@ -248,13 +254,13 @@ class Sender:
             self._push(frame)
             return
         flusher = self._flusher
-        if self.joins_until < flusher.tick and not flusher.backlog and self.batch is None:
-            self.joins_until = flusher.tick
-            flusher.schedule()
-            self._write((frame,), frame)
-            return
         batch = self.batch
         if batch is None:
+            if self.joins_until < flusher.tick and not flusher.backlog:
+                self.joins_until = flusher.tick
+                flusher.schedule()
+                self._write((frame,), frame)
+                return
             flusher.add(self)
             self.joins_until = max(self.joins_until, flusher.tick)  # nothing may overtake it
             batch = self.batch = Batch()

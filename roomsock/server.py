@@ -247,6 +247,7 @@ class Server:
     async def run(self, started: Callable[[], None]) -> None:
         """Serve until `shutdown`; runs shielded from its owner's cancellation."""
         try:
+            # Connections need the ticks, and their sockets watched, until the last has ended.
             async with anyio.create_task_group() as ticks:
                 ticks.start_soon(self.loop.run)
                 async with anyio.create_task_group() as self._tasks:

@@ -528,7 +528,6 @@ class TrioEventLoop:
 
         self.lowlevel = lowlevel
         self.watch: Watch
-        self.abort_succeeded = lowlevel.Abort.SUCCEEDED
         self._token = token
         self._callbacks: list[Callable[[], None]] = []
         self._task: trio.lowlevel.Task | None = None
@@ -576,9 +575,9 @@ class TrioEventLoop:
     async def _call_back(self) -> None:
         lowlevel = self.lowlevel
 
-        def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+        def abort(_raise_cancel: Any) -> Any:
             self._parked = False
-            return self.abort_succeeded
+            return lowlevel.Abort.SUCCEEDED
 
         self._task = lowlevel.current_task()
         while True:

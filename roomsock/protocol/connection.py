@@ -141,7 +141,7 @@ class Connection:
         if self.close_received:
             return events
         if self._inflater is not None:
-            self._inflater.inflated = 0
+            self._inflater.inflated = self.inflated = 0
         if self.close_sent:
             self._discard(data, events)
             return events
@@ -527,7 +527,7 @@ def _burst(rate: float) -> float:
 
 
 #: A large frame is gathered in pieces of at least so many bytes.
-CHUNK = 4096
+_PIECE = 4096
 
 
 class _LargeFrame:
@@ -551,7 +551,7 @@ class _LargeFrame:
         self.missing -= len(chunk)
         # A buffer that grows would copy all of it again and again; a frame that comes in tiny
         # pieces must not cost an object for each.
-        if len(self._chunks[-1]) < CHUNK:
+        if len(self._chunks[-1]) < _PIECE:
             self._chunks[-1] += chunk
         else:
             self._chunks.append(chunk)
