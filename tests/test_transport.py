@@ -964,6 +964,39 @@ async def test_call_soon_calls_in_order_behind_the_tasks_that_are_ready() -> Non
         tg.cancel_scope.cancel()
 
 
+async def test_who_goes_on_with_input_does_so_behind_what_was_to_be_called_soon(
+    connect: Callable[[], Pair], loop: EventLoop
+) -> None:
+    """Or an answer would share its tick with the one before, and wait for its end."""
+    ticks = 0
+    ends = True  # when nobody goes on any more
+
+    def end_tick() -> None:
+        nonlocal ticks, ends
+        ticks += 1
+        ends = True
+
+    async def answer(late: bool) -> None:
+        nonlocal ends
+        transport, peer = connect()
+        if late:
+            await checkpoint()
+        last = -1
+        for _ in range(50):
+            peer.send(b"x")  # there is something as soon as it waits
+            assert await received(transport) == b"x"
+            assert ticks != last
+            last = ticks
+            if ends:
+                ends = False
+                loop.call_soon(end_tick)
+        transport.close()
+
+    async with anyio.create_task_group() as tg:
+        for number in range(6):
+            tg.start_soon(answer, bool(number % 2))
+
+
 async def test_call_soon_from_a_call_back_comes_a_tick_later() -> None:
     loop = running_event_loop()
     calls: list[str] = []
@@ -1018,6 +1051,20 @@ def test_a_call_back_that_raises_costs_trio_no_ticks(caplog: pytest.LogCaptureFi
     trio.run(main)
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "broken" in record.getMessage()
+
+
+def test_trio_calls_back_only_while_the_server_runs() -> None:
+    async def main() -> None:
+        loop: Any = TrioEventLoop(trio.lowlevel.current_trio_token())
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(loop.run)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            with pytest.raises(KeyError):
+                trio.lowlevel.remove_instrument(loop)
+
+    trio.run(main)
 
 
 async def test_call_soon_threadsafe_keeps_the_order_of_each_thread() -> None:
