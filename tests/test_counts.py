@@ -68,7 +68,7 @@ class Most(NamedTuple):
 MOST = {
     "asyncio": Most(Cost(37, 60), Cost(12.2, 14.4), Cost(4.6, 5.6), Cost(0.56, 0.67), 46, 5_900),
     "uvloop": Most(Cost(37, 45), Cost(12.2, 13.7), Cost(4.6, 5.3), Cost(0.56, 0.65), 46, 6_000),
-    "trio": Most(Cost(45.0, 145), Cost(12.3, 16.1), Cost(4.7, 7.1), Cost(0.56, 0.89), 54, 6_700),
+    "trio": Most(Cost(42.7, 135), Cost(12.3, 16.0), Cost(4.7, 7.1), Cost(0.56, 0.80), 47, 6_000),
 }
 
 #: Python functions that a round of housekeeping calls for each idle connection.

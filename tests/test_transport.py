@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -492,6 +493,70 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
     trio.run(main)
 
 
+@pytest.mark.parametrize(
+    ("first", "then"), list(itertools.permutations(["readable", "cancelled", "woken", "closed"], 2))
+)
+def test_on_trio_what_comes_first_ends_a_wait(first: str, then: str) -> None:
+    async def main() -> None:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        loop = TrioEventLoop(trio.lowlevel.current_trio_token())
+        got: list[bytes | None] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            await trio.testing.wait_all_tasks_blocked()
+            transport = loop.transport(ours)
+            scope = trio.CancelScope()
+
+            async def receive() -> None:
+                with scope:
+                    got.append(await transport.receive())
+
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            peer.send(b"x")
+            ways: dict[str, Callable[[], object]] = {
+                "readable": transport._readable,
+                "cancelled": scope.cancel,
+                "woken": transport.wake,
+                "closed": transport.close,
+            }
+            for way in first, then:  # the task has no turn in between
+                ways[way]()
+            await trio.testing.wait_all_tasks_blocked()
+            closed = "closed" in (first, then)
+            reads = [b"x"] if first == "readable" and not closed else [None]
+            assert got == ([] if first == "cancelled" else reads)
+            if reads == [None] and not closed:
+                assert await transport.receive() == b"x"
+            transport.close()
+            nursery.cancel_scope.cancel()
+        peer.close()
+
+    trio.run(main)
+
+
+async def test_a_call_for_nothing_ends_no_wait(
+    connect: Callable[[], Pair], loop: EventLoop
+) -> None:
+    transport, peer = connect()
+    got: list[bytes | None] = []
+
+    async def receive() -> None:
+        got.append(await received(transport))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(receive)
+        await anyio.wait_all_tasks_blocked()
+        for _ in range(2):
+            loop.call_soon(transport._readable)
+            await anyio.wait_all_tasks_blocked()
+        assert not got
+        peer.send(b"x")
+    assert got == [b"x"]
+    transport.close()
+
+
 async def test_the_registration_is_kept_while_somebody_reads_and_dropped_otherwise(
     loop: EventLoop, sockets: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,12 +567,12 @@ async def test_the_registration_is_kept_while_somebody_reads_and_dropped_otherwi
         calls += 1
         readable(self)
 
-    readable = SocketTransport._readable
-    monkeypatch.setattr(SocketTransport, "_readable", count)
     ours, peer = socket.socketpair()
     sockets.extend((ours, peer))
     ours.setblocking(False)
     transport = loop.transport(ours)
+    readable = type(transport)._readable
+    monkeypatch.setattr(type(transport), "_readable", count)
     for number in range(1, 4):
         peer.send(b"x")
         assert await received(transport) == b"x"
