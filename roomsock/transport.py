@@ -115,6 +115,17 @@ def running_event_loop() -> EventLoop:
     return TrioEventLoop(native)
 
 
+class Poller(selectors.DefaultSelector):
+    """Stands in for ``select.epoll`` where there is none, for a twentieth of an echo."""
+
+    def poll(self, timeout: float, _most: int) -> list[tuple[int, int]]:
+        """See ``select.epoll``."""
+        return [(key.fd, events) for key, events in self.select(timeout)]
+
+
+make_poller: Callable[[], Any] = getattr(select, "epoll", Poller)
+
+
 class Watch:
     """Calls back for the sockets that have something to read.
 
@@ -122,32 +133,39 @@ class Watch:
     costs more for each read, and on trio two system calls.
     """
 
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.fileno = self._selector.fileno
+    def __init__(self, make: Callable[[], Any] = make_poller) -> None:
+        self._poller = make()
+        self._readers: dict[int, Callable[[], None]] = {}
+        self.fileno: Callable[[], int] = self._poller.fileno
 
     def add(self, fd: int, reader: Callable[[], None]) -> None:
         """Call a reader whenever there is something, until it is removed."""
-        self._selector.register(fd, selectors.EVENT_READ, reader)
+        self._poller.register(fd, selectors.EVENT_READ)  # as a number the same as EPOLLIN
+        self._readers[fd] = reader
 
     def remove(self, fd: int) -> None:
         """Let go of a socket, before it is closed."""
-        with suppress(KeyError):  # closed already: something has ended the server
-            self._selector.unregister(fd)
+        with suppress(KeyError, OSError):  # closed already: something has ended the server
+            del self._readers[fd]
+            self._poller.unregister(fd)
 
     def call_back(self) -> bool:
         """Call the readers of all sockets that have something now; whether there were any."""
-        ready = self._selector.select(0)
-        for key, _ in ready:
-            try:
-                key.data()
-            except Exception:  # a mistake of ours must cost that connection alone
-                logger.exception("%r raised", key.data)
+        readers = self._readers
+        ready = self._poller.poll(0, len(readers) or 1)
+        for fd, _ in ready:
+            reader = readers.get(fd)
+            if reader is not None:  # not removed by one before it
+                try:
+                    reader()
+                except Exception:  # a mistake of ours must cost that connection alone
+                    logger.exception("%r raised", reader)
         return bool(ready)
 
     def close(self) -> None:
         """Let go of all sockets."""
-        self._selector.close()
+        self._readers.clear()
+        self._poller.close()
 
 
 class SocketTransport:

@@ -28,9 +28,12 @@ from roomsock.transport import (
     READ_SIZE,
     AsyncioTransport,
     EventLoop,
+    Poller,
     SocketTransport,
     TLSTransport,
     TrioEventLoop,
+    Watch,
+    make_poller,
     running_event_loop,
 )
 
@@ -120,6 +123,71 @@ async def drain(peer: socket.socket, size: int) -> None:
         while size > 0:
             await anyio.wait_readable(peer)
             size -= len(peer.recv(READ_SIZE))
+
+
+# Watching
+
+
+@pytest.mark.parametrize("make", [make_poller, Poller])
+def test_a_watch_calls_for_those_who_have_something(
+    make: Callable[[], Any], sockets: list[socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [socket.socketpair() for _ in range(4)]
+    sockets += (sock for pair in pairs for sock in pair)
+    called: list[int] = []
+    watch = Watch(make)
+    assert not watch.call_back()
+    assert watch.fileno() > 0
+
+    def reader(number: int) -> Callable[[], None]:
+        def read() -> None:
+            called.append(number)
+            if number == 0:
+                raise ValueError("a mistake")
+
+        return read
+
+    for number, (ours, peer) in enumerate(pairs):
+        watch.add(ours.fileno(), reader(number))
+        if number < 3:
+            peer.send(b"x")
+    watch.remove(pairs[1][0].fileno())
+    for _ in range(2):
+        assert watch.call_back()
+        assert sorted(called) == [0, 2]
+        called.clear()
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+    for number in 0, 2:
+        watch.remove(pairs[number][0].fileno())
+    assert not watch.call_back()
+    pairs[3][1].close()
+    assert watch.call_back()
+    assert called == [3]
+    watch.close()
+    watch.remove(pairs[3][0].fileno())
+
+
+@pytest.mark.parametrize("make", [make_poller, Poller])
+def test_who_is_removed_by_the_one_before_is_not_called(
+    make: Callable[[], Any], sockets: list[socket.socket]
+) -> None:
+    pairs = [socket.socketpair() for _ in range(2)]
+    sockets += (sock for pair in pairs for sock in pair)
+    called: list[socket.socket] = []
+    watch = Watch(make)
+    for ours, peer in pairs:
+
+        def remove_all(ours: socket.socket = ours) -> None:
+            called.append(ours)
+            for each, _ in pairs:
+                watch.remove(each.fileno())
+
+        watch.add(ours.fileno(), remove_all)
+        peer.send(b"x")
+    assert watch.call_back()
+    assert not watch.call_back()
+    assert len(called) == 1
+    watch.close()
 
 
 # Reading
@@ -463,7 +531,7 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
             nursery.start_soon(loop.run)
             await trio.testing.wait_all_tasks_blocked()
             transport = loop.transport(ours)
-            registered = loop.watch._selector.get_map()
+            registered = loop.watch._readers
             with trio.CancelScope() as scope:
                 nursery.start_soon(trio.testing.wait_all_tasks_blocked)
                 scope.cancel()
