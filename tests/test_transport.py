@@ -1165,9 +1165,12 @@ async def test_call_soon_before_the_loops_task_runs_is_not_lost() -> None:
         tg.cancel_scope.cancel()
 
 
-def test_a_call_back_that_raises_costs_trio_no_ticks(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [ValueError("no luck"), SystemExit(1)])
+def test_a_call_back_that_raises_costs_trio_no_ticks(
+    caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
     def broken() -> None:
-        raise ValueError("no luck")
+        raise error
 
     async def main() -> None:
         loop = TrioEventLoop(trio.lowlevel.current_trio_token())
