@@ -15,10 +15,10 @@ from typing import Any, Literal
 from .errors import CloseCode, ConnectionClosed, InvalidMessage, Reject
 from .http import Request, Response
 from .messages import JsonDecoder, encode_json
-from .rooms import Queued, Registry
+from .rooms import Pace, Queued, Registry
 from .routing import Router
 from .signatures import Handler, Role
-from .websocket import Link, Pace, WebSocket
+from .websocket import Link, WebSocket
 
 logger = logging.getLogger("roomsock")
 

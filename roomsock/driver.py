@@ -41,7 +41,8 @@ from .protocol.handshake import (
     UpgradeRequested,
     allowed_origin,
 )
-from .receiver import TURN_MESSAGES, Receiver
+from .receiver import Receiver
+from .rooms import NO_WAIT, Pace
 from .sender import Sender
 from .signatures import Role
 from .transport import Transport
@@ -89,7 +90,7 @@ class Driver:
     __slots__ = (
         "_cancelled", "_checked_at", "_close_started", "_conn", "_drop_at", "_early", "_end",
         "_endpoint", "_finishing", "_grace_ends", "_handshake", "_progress_at", "_receiver",
-        "_rooms", "_scheme", "_scope", "_sends", "_server", "_taken", "_target", "_task_ended",
+        "_rooms", "_scheme", "_scope", "_server", "_taken", "_target", "_task_ended",
         "_tell", "_timed_out", "_transport", "_waiting", "_whole", "_ws", "accepted", "busy",
         "cancelled", "client", "deadline", "phase", "recipient", "refusal", "task",
     )  # fmt: skip
@@ -128,7 +129,6 @@ class Driver:
         self._waiting = 0  # bytes that it holds
         self._progress_at = inf
         self._checked_at = 0.0  # long ago
-        self._sends = 0
 
         # The end
         self._end: ConnectionClosed | None = None
@@ -480,25 +480,11 @@ class Driver:
         if self._end is not None:
             raise self._closed_error()
 
-    def send(self, opcode: int, payload: bytes) -> None:
+    def send(self, opcode: int, payload: bytes) -> Pace:
         """See `Link`."""
-        if self._end is not None:
-            raise self._closed_error()
-        if self.accepted:
-            self.recipient.queue_message(opcode, payload)
-        else:
-            self._early += (encode_frame(opcode, payload),)
-
-    def must_wait(self) -> bool:
-        """See `Link`."""
-        self._sends += 1
-        if self._sends % TURN_MESSAGES == 0:
-            return True
-        return self.recipient.blocked and self.recipient.is_high
-
-    def drained(self) -> Coroutine[Any, Any, None]:
-        """See `Link`."""
-        return self.recipient.wait_low()
+        self.check_open()
+        self._early += (encode_frame(opcode, payload),)
+        return NO_WAIT
 
     # Link: ending
 

@@ -6,19 +6,18 @@ member is reached through its `Recipient`, which the driver provides.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from itertools import repeat
 from math import inf
 from threading import get_ident
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from .messages import encode_json
 from .protocol.deflate import Deflater
 from .protocol.frames import BINARY, TEXT, encode_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from .websocket import WebSocket
 
     #: Who is left out of a send: one connection, several, or nobody.
@@ -33,6 +32,9 @@ class Recipient(Protocol):
 
     def queue(self, frame: bytes) -> None:
         """Queue a room's frame; never waits, never raises because of the client."""
+
+    def send(self, opcode: int, payload: bytes) -> Pace:
+        """Queue a message for this client alone."""
 
     async def flushed(self) -> None:
         """Wait until the kernel has taken what is queued, or the connection is closed."""
@@ -63,6 +65,29 @@ class Members(dict["WebSocket", Recipient]):
         if self.batch is not None and recipient is not None:
             self.batch.leave(recipient)
         return recipient is not None
+
+
+class Pace:
+    """What a send to one's own client returns: await it to wait while the outbox is high."""
+
+    __slots__ = ("_wait",)
+
+    def __init__(self, wait: Callable[[], Awaitable[None]]) -> None:
+        self._wait = wait
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
+
+
+class _NoWait(Pace):
+    __slots__ = ()
+
+    # A function of Python's would be a tenth of what an awaited send costs.
+    __await__: Any = staticmethod(repeat(iter(())).__next__)
+
+
+#: The pace of who need not wait.
+NO_WAIT: Pace = _NoWait(cast(Any, None))
 
 
 class Queued(int):
@@ -256,14 +281,14 @@ class Audience:
         registry = self._registry
         registry.check_thread()
         recipients = self._recipients()
-        if not recipients:
-            return registry.queued(0)
         left_out: set[WebSocket] = set()
         if exclude is not None:
             left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}
             if any(isinstance(each, str) for each in left_out):  # a name or an id excludes nobody
                 raise TypeError(f"exclude takes connections, not {exclude!r}")
             left_out &= recipients.keys()
+        if len(left_out) == len(recipients):
+            return registry.queued(0)
         frame = encode_frame(opcode, payload)
         compress = len(payload) >= registry.compress_from
         if registry.queue_all is not None and not compress:

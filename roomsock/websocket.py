@@ -6,17 +6,27 @@ No I/O and no event loop in here: the driver gives each `WebSocket` a `Link` and
 from __future__ import annotations
 
 import secrets
-from collections.abc import Coroutine, Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from threading import get_ident
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from .errors import CloseCode, ConnectionClosedOK, Headers, header_pairs
 from .http import Request
 from .messages import JsonDecoder, encode_json, type_name
 from .protocol.frames import BINARY, TEXT, check_close, truncated
-from .rooms import Everyone, Queued, Recipient, Registry, Room, encode_bytes, encode_text
+from .rooms import (
+    NO_WAIT,
+    Everyone,
+    Pace,
+    Queued,
+    Recipient,
+    Registry,
+    Room,
+    encode_bytes,
+    encode_text,
+)
 
 if TYPE_CHECKING:
     from .rooms import Excluded
@@ -50,14 +60,9 @@ class Link(Protocol):
     def check_open(self) -> None:
         """Raise `ConnectionClosed` when nothing can be sent any more."""
 
-    def send(self, opcode: int, payload: bytes) -> None:
-        """Queue a message for this client; raises `ConnectionClosed` when it is closed."""
-
-    def must_wait(self) -> bool:
-        """Whether who awaits a send has to wait: the outbox is high, or others' turn is due."""
-
-    def drained(self) -> Coroutine[Any, Any, None]:
-        """Wait until the outbox is below its high-water mark and others had their turn."""
+    def send(self, opcode: int, payload: bytes) -> Pace:
+        """Queue a message for this client while it is not `recipient` that does: before the
+        acceptance. Raises `ConnectionClosed` when it is closed."""
 
     @property
     def incoming(self) -> Incoming:
@@ -76,23 +81,6 @@ class Link(Protocol):
         """End the connection because its handler raised, unless it has ended before."""
 
 
-#: The await of who need not wait.
-_AT_ONCE: Generator[Any, Any, None] = cast(Any, iter(()))
-
-
-class Pace:
-    """What a send to one's own client returns: await it to wait while the outbox is high."""
-
-    __slots__ = ("_link",)
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        # No generator of its own: this is once for every message that is sent.
-        return self._link.drained().__await__() if self._link.must_wait() else _AT_ONCE
-
-
 class WebSocket:
     """One client's connection.
 
@@ -109,7 +97,7 @@ class WebSocket:
     """
 
     __slots__ = (
-        "__weakref__", "_joined", "_link", "_pace", "_registry", "_rooms_limit", "_state", "id",
+        "__weakref__", "_joined", "_link", "_registry", "_rooms_limit", "_send", "_state", "id",
         "params", "path", "request", "subprotocol",
     )  # fmt: skip
 
@@ -128,7 +116,7 @@ class WebSocket:
         self.subprotocol: str | None = None
         self._link = link
         self._registry = registry
-        self._pace = Pace(link)
+        self._send = link.send  # the recipient's while the connection is open
         self._rooms_limit = rooms_limit
         self._joined: tuple[str, ...] = ()
         self._state: SimpleNamespace | None = None
@@ -150,11 +138,14 @@ class WebSocket:
     def _enter(self) -> None:
         """Join the own room; for the driver, in the step that queues the 101."""
         self._joined = (self.path,)
-        self._registry.everyone.enter(self, self._link.recipient)
-        self._registry.join(self, self.path, self._link.recipient)
+        recipient = self._link.recipient
+        self._send = recipient.send
+        self._registry.everyone.enter(self, recipient)
+        self._registry.join(self, self.path, recipient)
 
     def _silence(self) -> None:
         """Be no recipient any more; for the driver, when the connection begins to close."""
+        self._send = self._link.send
         self._registry.silence(self, self._joined)
 
     def _leave_all(self) -> tuple[str, ...]:
@@ -200,7 +191,7 @@ class WebSocket:
         if not isinstance(reason, str):
             raise TypeError(f"the reason is text, not {type(reason).__name__}")
         self._link.close(code, truncated(reason))
-        return self._pace
+        return NO_WAIT
 
     # Receiving
 
@@ -268,21 +259,21 @@ class WebSocket:
             ConnectionClosed: The connection is closed.
             TypeError, ValueError: The value cannot be encoded; nothing was queued.
         """
+        if get_ident() != self._registry.thread:
+            self._registry.check_thread()  # or nobody serves
         return self._send(TEXT, encode_json(value))
 
     def send_text(self, text: str) -> Pace:
         """Send text to this client; raises `ConnectionClosed` when it is closed."""
-        return self._send(TEXT, encode_text(text))
+        if get_ident() != self._registry.thread:
+            self._registry.check_thread()
+        return self._send(TEXT, text.encode() if isinstance(text, str) else encode_text(text))
 
     def send_bytes(self, data: bytes) -> Pace:
         """Send a binary message to this client; raises `ConnectionClosed` when it is closed."""
-        return self._send(BINARY, encode_bytes(data))
-
-    def _send(self, opcode: int, payload: bytes) -> Pace:
         if get_ident() != self._registry.thread:
-            self._registry.check_thread()  # or nobody serves
-        self._link.send(opcode, payload)
-        return self._pace
+            self._registry.check_thread()
+        return self._send(BINARY, encode_bytes(data))
 
     # Sending to rooms
 

@@ -17,7 +17,7 @@ from roomsock.errors import (
 from roomsock.http import Request
 from roomsock.protocol.deflate import Deflater
 from roomsock.protocol.frames import encode_frame
-from roomsock.rooms import Recipient, Registry
+from roomsock.rooms import NO_WAIT, Pace, Recipient, Registry
 from roomsock.websocket import WebSocket
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 class FakeRecipient:
     """Keeps the frames that rooms send to one connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, link: FakeLink) -> None:
+        self.send = link.send
         self.frames: list[bytes] = []
         #: Called with each frame, as a driver may act on it.
         self.on_queue: Callable[[bytes], None] = self.frames.append
@@ -83,7 +84,7 @@ class FakeLink:
         self.failures: list[tuple[int, str, Exception | None]] = []
         #: What ended the connection because a handler raised it.
         self.crashes: list[BaseException] = []
-        self.fake_recipient = FakeRecipient()
+        self.fake_recipient = FakeRecipient(self)
 
     @property
     def recipient(self) -> Recipient:
@@ -103,14 +104,12 @@ class FakeLink:
         if self.end is not None:
             raise self.end
 
-    def send(self, opcode: int, payload: bytes) -> None:
+    def send(self, opcode: int, payload: bytes) -> Pace:
         self.check_open()
         self.frames.append(encode_frame(opcode, payload))
+        return Pace(self._drained) if self.is_high else NO_WAIT
 
-    def must_wait(self) -> bool:
-        return self.is_high
-
-    async def drained(self) -> None:
+    async def _drained(self) -> None:
         self.waits += 1
 
     @property

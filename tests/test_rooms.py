@@ -7,6 +7,7 @@ import random
 import threading
 import zlib
 from collections.abc import Callable, Coroutine
+from inspect import isawaitable
 from typing import Any
 
 import anyio
@@ -16,7 +17,7 @@ from anyio.lowlevel import checkpoint
 from roomsock.messages import encode_json
 from roomsock.protocol.deflate import Agreement, Compression, Deflater
 from roomsock.protocol.frames import BINARY, TEXT, encode_frame, frame_size
-from roomsock.rooms import Audience, Everyone, Queued, Registry, Room, queued_type
+from roomsock.rooms import NO_WAIT, Audience, Everyone, Queued, Registry, Room, queued_type
 from roomsock.websocket import WebSocket
 
 from .fakes import FakeLink, run, websocket
@@ -340,6 +341,14 @@ def test_an_app_that_is_not_served_cannot_be_called_into() -> None:
 
 
 # Awaiting
+
+
+def test_a_pace_without_a_wait_costs_no_turn_and_may_be_awaited_again() -> None:
+    async def awaits() -> list[None]:
+        return [await NO_WAIT, await NO_WAIT]
+
+    assert run(awaits()) == [None, None]
+    assert isawaitable(NO_WAIT)
 
 
 def test_what_a_send_returns_is_an_int_in_every_respect() -> None:

@@ -34,8 +34,8 @@ from roomsock.limits import KIB
 from roomsock.protocol.deflate import Agreement, Compression, Deflater
 from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame, frame_size
 from roomsock.protocol.outbox import CHUNK, SlowConsumers
-from roomsock.rooms import Everyone, Registry, Room
-from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, Flusher, Sender
+from roomsock.rooms import NO_WAIT, Everyone, Registry, Room
+from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, TURN_SENDS, Flusher, Sender
 from roomsock.server import ROUND, Server
 
 from .client import PATIENCE, Client, connected, open_stream, upgrade_request
@@ -557,6 +557,29 @@ async def test_who_awaits_a_send_waits_at_the_high_water_mark_and_goes_on_below_
         assert passed.is_set()
         assert unit.sender.blocked
         unit.kernel.take(100)
+
+
+@pytest.mark.parametrize("unawaited", [0, 1, 2, JOIN_FRAMES - 1, 2 * JOIN_FRAMES])
+@pytest.mark.parametrize("size", [1, 2 * KIB, JOIN_BYTES])
+@pytest.mark.parametrize("kernel", ["takes all", "has lost the client"])
+async def test_who_awaits_its_sends_lets_others_have_their_turn(
+    kernel: str, size: int, unawaited: int
+) -> None:
+    """However many others it does not await: else a loop of sends would stop the event loop."""
+    unit = Unit()
+    if kernel == "has lost the client":
+        unit.sender.abandon()
+    for _ in range(2):
+        awaited = 0
+        while (pace := unit.sender.send(BINARY, b"x" * size)) is NO_WAIT:
+            awaited += 1
+            for _ in range(unawaited):
+                unit.sender.send(BINARY, b"x" * size)
+        assert awaited <= TURN_SENDS + 1
+        await pace
+        unit.ticks.end()
+    if kernel == "takes all":
+        assert unit.sender.send(BINARY, b"the turn is ours again") is NO_WAIT
 
 
 @pytest.mark.parametrize("end", ["finish", "finish without a frame", "abandon"])
@@ -1597,9 +1620,9 @@ def test_a_message_is_compressed_for_who_agreed_to_it_if_it_is_long_enough() -> 
     long, short = b"x" * 128, b"x" * 127
     plain, unit = Unit(), compressing(Unit())
     for each in (plain, unit):
-        each.sender.queue_message(TEXT, long)
-        each.sender.queue_message(TEXT, short)
-        each.sender.queue_message(BINARY, long)
+        each.sender.send(TEXT, long)
+        each.sender.send(TEXT, short)
+        each.sender.send(BINARY, long)
         each.ticks.end()
     frames = [encode_frame(TEXT, long), encode_frame(TEXT, short), encode_frame(BINARY, long)]
     assert plain.kernel.taken == b"".join(frames)
@@ -1609,14 +1632,14 @@ def test_a_message_is_compressed_for_who_agreed_to_it_if_it_is_long_enough() -> 
 
 def test_an_empty_message_is_never_compressed() -> None:
     unit = compressing(Unit(), threshold=1)
-    unit.sender.queue_message(TEXT, b"")
+    unit.sender.send(TEXT, b"")
     assert unit.kernel.taken == encode_frame(TEXT, b"")
 
 
 async def test_the_bound_counts_what_leaves_not_what_was_compressed() -> None:
     unit = compressing(Unit(outbox=4 * KIB)).blocked()
     for number in range(5):
-        unit.sender.queue_message(TEXT, b"%d" % number * 100 * KIB)
+        unit.sender.send(TEXT, b"%d" % number * 100 * KIB)
         unit.ticks.end()
     assert unit.owner.told == []
     assert inflated((await unit.drain())[1:]) == [b"%d" % n * 100 * KIB for n in range(5)]
@@ -1624,7 +1647,7 @@ async def test_the_bound_counts_what_leaves_not_what_was_compressed() -> None:
     unit = compressing(Unit(outbox=4 * KIB)).blocked()
     for _ in "12":
         assert unit.owner.told == []
-        unit.sender.queue_message(BINARY, noise)
+        unit.sender.send(BINARY, noise)
         unit.ticks.end()
     assert unit.owner.told == ["Limits.outbox, Limits.outbox_messages"]
 
@@ -1632,7 +1655,7 @@ async def test_the_bound_counts_what_leaves_not_what_was_compressed() -> None:
 @pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
 async def test_a_compressed_direct_send_is_never_dropped(policy: SlowConsumers) -> None:
     unit = compressing(Unit(policy=policy, outbox_messages=4)).blocked()
-    unit.sender.queue_message(TEXT, b"d" * 200)
+    unit.sender.send(TEXT, b"d" * 200)
     unit.ticks.end()
     for number in range(10):
         unit.sender.queue(encode_frame(TEXT, b"%d" % number))
@@ -1647,7 +1670,7 @@ def test_with_context_takeover_frames_leave_in_the_order_they_were_compressed() 
     unit = compressing(Unit(), context_takeover=True)
     words = [b"%d: what one says to the others; " % number * 10 for number in range(20)]
     for word in words:
-        unit.sender.queue_message(TEXT, word)
+        unit.sender.send(TEXT, word)
     unit.ticks.end()
     data, client, seen = unit.kernel.taken, zlib.decompressobj(-15), []
     while data:

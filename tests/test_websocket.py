@@ -19,8 +19,8 @@ from roomsock.errors import (
     InvalidMessage,
 )
 from roomsock.protocol.frames import BINARY, TEXT, encode_frame
-from roomsock.rooms import Everyone, Registry, Room
-from roomsock.websocket import Pace, WebSocket
+from roomsock.rooms import NO_WAIT, Everyone, Pace, Registry, Room
+from roomsock.websocket import WebSocket
 
 from .fakes import FakeLink, run, websocket
 
@@ -503,8 +503,9 @@ def test_the_link_is_given_the_kind_of_a_message_and_its_bytes(
     send: Callable[[WebSocket], Any], message: tuple[int, bytes]
 ) -> None:
     class Recorder(FakeLink):
-        def send(self, opcode: int, payload: bytes) -> None:
+        def send(self, opcode: int, payload: bytes) -> Pace:
             given.append((opcode, payload))
+            return NO_WAIT
 
     given: list[tuple[int, bytes]] = []
     send(websocket(Recorder()))

@@ -26,7 +26,7 @@ CLOSE_REASON_SIZE = 123
 
 _LENGTH_16 = Struct("!BBH").pack
 _LENGTH_64 = Struct("!BBQ").pack
-_SMALL_HEADERS = {
+SMALL_HEADERS = {
     opcode: tuple(bytes((FIN | opcode, length)) for length in range(126))
     for opcode in (TEXT, BINARY, CLOSE, PING, PONG, RSV1 | TEXT, RSV1 | BINARY)
 }
@@ -46,7 +46,7 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     """
     length = len(payload)
     if length < 126:
-        return _SMALL_HEADERS[opcode][length] + payload
+        return SMALL_HEADERS[opcode][length] + payload
     if length < 65536:
         return _LENGTH_16(FIN | opcode, 126, length) + payload
     return _LENGTH_64(FIN | opcode, 127, length) + payload

@@ -37,17 +37,15 @@ class Outbox:
     Attributes:
         size: Bytes not yet taken by the kernel.
         dropped: Frames that the policy dropped.
-        drops: Whether the policy drops frames at all.
     """
 
     __slots__ = (
         "_allowed", "_burst_from", "_frames", "_head", "_head_sent", "_limits", "_policy",
-        "_tick", "dropped", "drops", "size",
+        "_tick", "dropped", "size",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, policy: SlowConsumers) -> None:
         self._limits = limits
-        self.drops = policy != "close"
         self._policy = policy
         # A partly written frame is never dropped, nor copied: it may be everybody's.
         self._head = b""
