@@ -164,7 +164,7 @@ class Dispatcher:
         incoming = link.incoming
         take, receive = incoming.take, incoming.receive
         while True:
-            message: Any = take()
+            message: Any = take() if incoming.inbox else None
             if message is None:
                 message = await receive()
             if decode is not None:

@@ -17,7 +17,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from .protocol.connection import Connection
-from .protocol.events import Event, Failed, PeerClosed, PeerLost, PongReceived
+from .protocol.events import Failed, PeerClosed, PeerLost, PongReceived
 from .sender import Sender
 from .transport import Transport
 
@@ -104,14 +104,13 @@ class Receiver:
     def take(self) -> str | bytes | None:
         """The next message that has arrived; None also when it is the others' turn."""
         inbox = self.inbox
-        if not inbox:
-            return None
+        turn = self._turn
         # The first of a turn is due, whatever the time.
-        if self._turn and (self._turn >= TURN_MESSAGES or monotonic() > self._turn_ends):
+        if not inbox or (turn and (turn >= TURN_MESSAGES or monotonic() > self._turn_ends)):
             return None
-        self._turn += 1
+        self._turn = turn + 1
         message = inbox.popleft()
-        self._flusher.backlog = bool(inbox) or self._conn.has_more
+        self._flusher.backlog = True if inbox else self._conn.has_more
         return message
 
     async def receive(self) -> str | bytes:
@@ -132,15 +131,23 @@ class Receiver:
                     self._owner.apply_ending()
                 elif self._helping or self._conn.has_more:
                     await self.read()
-                else:  # `read` again, without its coroutine for every message
+                else:  # `read` and `take` again, without these calls for every message
                     self._fed = 0
                     self._reads += 1
                     self.reading = True
                     data = await self._transport.receive()
                     self.reading = False
-                    if data is not None:
-                        self._begin_turn()
-                        self.feed(data)
+                    if data is None:
+                        continue
+                    self._turn_ends = monotonic() + TURN_SECONDS
+                    self._turn = 0
+                    self.feed(data)
+                    inbox = self.inbox
+                    if inbox:
+                        self._turn = 1
+                        message = inbox.popleft()
+                        self._flusher.backlog = True if inbox else self._conn.has_more
+                        return message
         finally:
             self._receiving = self.reading = False
 
@@ -160,7 +167,7 @@ class Receiver:
         if self._conn.has_more:
             await checkpoint()
             self._begin_turn()
-            self.feed_more()
+            self.feed(None)
             return
         self.reading = True
         try:
@@ -217,7 +224,7 @@ class Receiver:
             ):
                 if self._conn.has_more:
                     await checkpoint()
-                    self.feed_more()
+                    self.feed(None)
                 elif (data := await self._transport.receive()) is not None:
                     self.feed(data)
         except OSError as error:
@@ -228,18 +235,16 @@ class Receiver:
                 self._handed_back.set()
                 self._handed_back = None
 
-    def feed(self, data: bytes) -> None:
-        """Parse input: what is due is sent, messages go to the inbox, the end is noted."""
-        self._fed += len(data)
-        self._handle(self._conn.receive_data(data, self._server.now))
-
-    def feed_more(self) -> None:
-        """Parse more of the input that was fed: one step does not take it all."""
-        self._handle(self._conn.receive_more(self._server.now))
-
-    def _handle(self, events: list[Event]) -> None:
+    def feed(self, data: bytes | None) -> None:
+        """Parse input, or more of what was fed before, because one step did not take it all: what
+        is due is sent, messages go to the inbox, the end is noted."""
         conn = self._conn
-        self._fed += conn.inflated
+        if data is None:
+            events = conn.receive_more(self._server.now)
+            self._fed += conn.inflated
+        else:
+            events = conn.receive_data(data, self._server.now)
+            self._fed += len(data) + conn.inflated
         if conn.due is not None:
             for frame in conn.data_to_send():
                 self._sender.queue_urgent(frame)

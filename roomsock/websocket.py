@@ -6,7 +6,7 @@ No I/O and no event loop in here: the driver gives each `WebSocket` a `Link` and
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from functools import lru_cache
 from threading import get_ident
 from types import SimpleNamespace
@@ -37,8 +37,12 @@ T = TypeVar("T")
 class Incoming(Protocol):
     """What a client has sent."""
 
+    @property
+    def inbox(self) -> Sized:
+        """What has already arrived."""
+
     def take(self) -> str | bytes | None:
-        """The next message that has already arrived, if any."""
+        """The next of it, if any; None also when it is the turn of others."""
 
     async def receive(self) -> str | bytes:
         """The next message; raises `ConnectionClosed` behind the last."""

@@ -116,6 +116,10 @@ class FakeLink:
     def incoming(self) -> FakeLink:
         return self
 
+    @property
+    def inbox(self) -> deque[str | bytes]:
+        return self.arrived
+
     def take(self) -> str | bytes | None:
         return self.arrived.popleft() if self.arrived else None
 

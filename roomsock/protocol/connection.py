@@ -137,7 +137,9 @@ class Connection:
                 events.append(PeerLost())
             self._stop_receiving()
             return events
-        self._keepalive.heard(now)
+        keepalive = self._keepalive
+        keepalive.heard_at = now
+        keepalive.pinged_at = None
         if self.close_received:
             return events
         if self._inflater is not None:
@@ -207,8 +209,9 @@ class Connection:
             Where the first byte stands that it leaves to wsproto.
         """
         limit = self._limits.message
+        last = end - 6
         for _ in _STEP:
-            if end - position < 6:
+            if position > last:
                 break
             first = data[position]
             length = data[position + 1] - MASKED
@@ -408,7 +411,7 @@ class Connection:
             self._chunks = None
 
     def _handle_pong(self, payload: bytes, events: list[Event]) -> None:
-        # `heard` has already taken the pong for life; only the first answer to our newest ping
+        # As any byte, the pong was taken for life already; only the first answer to our newest ping
         # tells how long the way is. Unsolicited pongs are legal (5.5.3).
         if payload == self._ping:
             events.append(PongReceived(float.fromhex(payload.decode())))

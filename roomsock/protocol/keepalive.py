@@ -16,39 +16,38 @@ class Keepalive:
         interval: Seconds of silence before a ping; None never pings.
         timeout: Seconds an unanswered ping is waited for.
         now: The time at which the connection opened.
+
+    Attributes:
+        heard_at: When bytes arrived last. Who sets it (no call for every read) sets the other, too.
+        pinged_at: When the ping was sent that waits for an answer; None while none does.
     """
 
-    __slots__ = ("_asked", "_heard", "_interval", "_pinged", "_timeout")
+    __slots__ = ("_asked", "_interval", "_timeout", "heard_at", "pinged_at")
 
     def __init__(self, interval: float | None, timeout: float, now: float) -> None:
         self._interval = inf if interval is None else interval
         self._timeout = timeout
-        self._heard = now
+        self.heard_at = now
         self._asked = now
-        self._pinged: float | None = None
-
-    def heard(self, now: float) -> None:
-        """Bytes arrived."""
-        self._heard = now
-        self._pinged = None
+        self.pinged_at: float | None = None
 
     def next_deadline(self) -> float:
         """When `is_dead` or `ping_due` may next turn true."""
-        if self._pinged is not None:
-            return self._pinged + self._timeout
-        return self._heard + self._interval
+        if self.pinged_at is not None:
+            return self.pinged_at + self._timeout
+        return self.heard_at + self._interval
 
     def is_dead(self, now: float) -> bool:
         """Whether a ping went unanswered for too long."""
-        return self._pinged is not None and now >= self._pinged + self._timeout
+        return self.pinged_at is not None and now >= self.pinged_at + self._timeout
 
     def ping_due(self, now: float) -> bool:
         """Whether the client was silent for so long that it must be asked."""
-        return self._pinged is None and now >= self._heard + self._interval
+        return self.pinged_at is None and now >= self.heard_at + self._interval
 
     def ping_sent(self, now: float) -> None:
         """A ping was queued: the wait for its answer begins."""
-        self._pinged = self._asked = now
+        self.pinged_at = self._asked = now
 
     def excuse(self, now: float) -> bool:
         """We did not read, so silence proves nothing: the wait for the answer begins again.
@@ -57,8 +56,8 @@ class Keepalive:
             Whether a ping is due nevertheless: what the machine of a client that is gone answers
             to it is seen without reading.
         """
-        if self._pinged is not None:
-            self._pinged = now
+        if self.pinged_at is not None:
+            self.pinged_at = now
         else:
-            self._heard = now
+            self.heard_at = now
         return now >= self._asked + self._interval

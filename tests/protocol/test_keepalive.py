@@ -10,20 +10,25 @@ from hypothesis import strategies as st
 from roomsock.protocol.keepalive import Keepalive
 
 
+def hear(keepalive: Keepalive, now: float) -> None:
+    keepalive.heard_at = now
+    keepalive.pinged_at = None
+
+
 def test_silence_is_counted_from_the_opening() -> None:
     keepalive = Keepalive(20.0, 10.0, 100.0)
     assert keepalive.next_deadline() == 120.0
     assert not keepalive.ping_due(119.999)
     assert keepalive.ping_due(120.0)
     assert not keepalive.is_dead(1e9)
-    assert keepalive._pinged is None
+    assert keepalive.pinged_at is None
 
 
 def test_without_an_interval_nothing_is_ever_due() -> None:
     keepalive = Keepalive(None, 0.0, 100.0)
     assert keepalive.next_deadline() == inf
     assert not keepalive.ping_due(1e300)
-    keepalive.heard(200.0)
+    hear(keepalive, 200.0)
     keepalive.excuse(300.0)
     assert keepalive.next_deadline() == inf
     assert not keepalive.is_dead(1e300)
@@ -31,7 +36,7 @@ def test_without_an_interval_nothing_is_ever_due() -> None:
 
 def test_a_byte_puts_the_ping_off() -> None:
     keepalive = Keepalive(20.0, 10.0, 100.0)
-    keepalive.heard(115.0)
+    hear(keepalive, 115.0)
     assert not keepalive.ping_due(134.999)
     assert keepalive.ping_due(135.0)
     assert keepalive.next_deadline() == 135.0
@@ -40,7 +45,7 @@ def test_a_byte_puts_the_ping_off() -> None:
 def test_a_ping_that_waits_is_not_repeated_and_its_timeout_is_death() -> None:
     keepalive = Keepalive(20.0, 10.0, 100.0)
     keepalive.ping_sent(121.0)  # housekeeping came a second late
-    assert keepalive._pinged == 121.0
+    assert keepalive.pinged_at == 121.0
     assert keepalive.next_deadline() == 131.0
     assert not keepalive.ping_due(130.0)
     assert not keepalive.is_dead(130.999)
@@ -50,8 +55,8 @@ def test_a_ping_that_waits_is_not_repeated_and_its_timeout_is_death() -> None:
 def test_any_byte_answers_a_ping() -> None:
     keepalive = Keepalive(20.0, 10.0, 100.0)
     keepalive.ping_sent(120.0)
-    keepalive.heard(129.0)
-    assert keepalive._pinged is None
+    hear(keepalive, 129.0)
+    assert keepalive.pinged_at is None
     assert not keepalive.is_dead(1e9)
     assert keepalive.next_deadline() == 149.0
 
@@ -75,7 +80,7 @@ def test_an_excused_wait_for_an_answer_begins_again() -> None:
     keepalive = Keepalive(20.0, 10.0, 100.0)
     keepalive.ping_sent(120.0)
     keepalive.excuse(129.0)
-    assert keepalive._pinged == 129.0
+    assert keepalive.pinged_at == 129.0
     assert not keepalive.ping_due(138.0)
     assert not keepalive.is_dead(138.999)
     assert keepalive.is_dead(139.0)
@@ -97,7 +102,7 @@ def test_nothing_happens_before_the_deadline_and_something_does_at_it(
         assert due == (now >= keepalive.next_deadline())
         assert not (keepalive.ping_due(now) and keepalive.is_dead(now))
         if step == "heard":
-            keepalive.heard(now)
+            hear(keepalive, now)
         elif step == "excuse":
             keepalive.excuse(now)
         elif keepalive.ping_due(now):
