@@ -129,9 +129,11 @@ class Flusher:
         # Snapshots: queueing may close a slow member, which takes it out of the room.
         if batch is None:
             members.joins_until = self.tick
-            for ws, sender in list(members.items()):
-                if ws not in left_out:
-                    sender.queue(frame)
+            senders = list(members.values())
+            if left_out:
+                senders = [sender for ws, sender in members.items() if ws not in left_out]
+            for sender in senders:
+                sender.queue(frame)
             return
         spared = {members[ws] for ws in left_out}
         for sender in spared:
@@ -266,7 +268,7 @@ class Sender:
                 self.joins_until = flusher.tick
                 if not flusher.scheduled:
                     flusher.schedule()
-                self._write((frame,), frame)
+                self._write(frame)
                 return
             flusher.add(self)
             self.joins_until = max(self.joins_until, flusher.tick)  # nothing may overtake it
@@ -290,9 +292,11 @@ class Sender:
         length = len(payload)
         if deflater is not None and length >= deflater.threshold:
             self.queue_kept(deflater.encode(opcode, payload, {}))
-        elif length > 125 or self._drops:
+        elif self._drops:
             self.queue_kept(encode_frame(opcode, payload))
-        else:  # once for every reply: the same, and the common case of `queue`, without the calls
+        elif length > 125:
+            self.queue(encode_frame(opcode, payload))
+        else:  # the same, and the common case of `queue`, without the calls
             frame = SMALL_HEADERS[opcode][length] + payload
             batch = self.batch
             if batch is None or batch.sharers:
@@ -325,7 +329,7 @@ class Sender:
         """
         self.flush()
         if frame and not self.blocked:
-            self._write((frame,), frame)
+            self._write(frame)
         elif frame and not self._failed:
             self._outbox.finish(frame, discard=discard)
         self._finished = True
@@ -337,9 +341,10 @@ class Sender:
         if batch is not None and batch.frames:  # none: left out of the first
             if batch.sharers:
                 batch.apart[self] = None  # of what comes next, too
-            self._write(batch.frames, batch.joined())
+            self._write(batch.joined(), batch.frames)
 
-    def _write(self, frames: list[bytes] | tuple[bytes, ...], data: bytes) -> None:
+    def _write(self, data: bytes, frames: Sequence[bytes] = ()) -> None:
+        """Write a frame, or several that were joined."""
         transport = self._transport
         try:
             sent = transport.send(data)
@@ -347,7 +352,7 @@ class Sender:
             self._fail(error)
             return
         if sent != len(data) or transport.unsent:
-            self._outbox.refused(frames, sent, self._flusher.tick)
+            self._outbox.refused(frames or (data,), sent, self._flusher.tick)
             self.blocked = True
             self._pace = Pace(self.wait_low)
             self._owner.start_draining()

@@ -223,11 +223,13 @@ class Connection:
                 break
             start = position + 6
             if length > 125:
-                header, length = frame_size(data, position)
-                # A length that fits a shorter field is an error (5.2), which wsproto reports.
-                if not header or length < (126 if header - position == 4 else 65536):
+                width = 2 if length == 126 else 8
+                length = int.from_bytes(data[position + 2 : position + 2 + width], "big")
+                # A length that fits a shorter field is an error (5.2), which wsproto reports; one
+                # that is cut off is found below, or looks like this.
+                if length < (126 if width == 2 else 65536):
                     break
-                start = header + 4
+                start += width
             stop = start + length
             if stop > end or length > limit:
                 break
