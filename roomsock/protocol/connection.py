@@ -548,7 +548,8 @@ class _LargeFrame:
     @classmethod
     def begin(cls, header: bytes, length: int) -> _LargeFrame | None:
         """None unless the header is whole and flawless: what is wrong with it, wsproto says."""
-        if len(header) != 14 or not header[1] & MASKED or not 65535 < length < 2**63:
+        size, least, most = (8, 126, 2**16) if header[1] == MASKED | 126 else (14, 2**16, 2**63)
+        if len(header) != size or not header[1] & MASKED or not least <= length < most:
             return None
         return cls(header[-4:], length)
 

@@ -731,13 +731,16 @@ def test_a_flawless_close_makes_no_wsproto_connection(data: bytes) -> None:
     assert conn._wsproto is None
 
 
-def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result() -> None:
-    payload = bytes(range(256)) * 260
+@pytest.mark.parametrize(("size", "header"), [(126, 8), (2**16 - 1, 8), (2**16, 14)])
+def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result(
+    size: int, header: int
+) -> None:
+    payload = (bytes(range(256)) * 257)[:size]
     data = frame(BINARY, payload)
     for cut in range(1, 20):
         conn = Connection(LIMITS, now=NOW)
         feed(conn, [data[:cut]])
-        assert (conn._collect is not None) == (cut >= 14)
+        assert (conn._collect is not None) == (cut >= header)
         assert feed(conn, [data[cut:] + text("next")])[0] == [payload, "next"]
 
 
