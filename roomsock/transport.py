@@ -20,6 +20,7 @@ import termios
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import closing, suppress
 from contextvars import Context
+from itertools import repeat
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -259,23 +260,32 @@ class SocketTransport:
         self._sock.close()
 
 
+#: The result of a wait that was not cancelled.
+_no_result: Callable[[], None] = repeat(None).__next__
+
+
 class AsyncioTransport(SocketTransport):
     """A plain socket on asyncio or uvloop.
 
     It is also what its reader awaits: a future-like object (see ``asyncio.isfuture``) that goes on
     with the task right in the loop's call back. A future would cost an object, a handle and another
-    pass of the loop for every read.
+    pass of the loop for every read. What the task asks of it each time are functions of C's.
+
+    Args:
+        get_loop: See ``asyncio.Future``.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_data", "_loop")
+    __slots__ = ("_asyncio_future_blocking", "_context", "_data", "get_loop", "result")
 
-    def __init__(self, sock: socket.socket, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, sock: socket.socket, watch: Watch, get_loop: Callable[[], asyncio.AbstractEventLoop]
+    ) -> None:
         super().__init__(sock, watch)
-        self._loop = loop
+        self.get_loop = get_loop
+        self.result: Callable[[], None] = _no_result
         self._asyncio_future_blocking = False
         self._data: bytes | None = None  # with what who waits goes on
         self._context: Context | None = None  # of who waits
-        self._cancelled: asyncio.CancelledError | None = None
 
     @coroutine
     def receive(self) -> Generator[Any, None, bytes | None]:
@@ -309,14 +319,10 @@ class AsyncioTransport(SocketTransport):
     def wake(self) -> None:
         """See `Transport`."""
         if self._waiter is not None:  # not at once: another task may be running
-            self._loop.call_soon(self._waiter, self, context=self._context)
+            self.get_loop().call_soon(self._waiter, self, context=self._context)
             self._waiter = None
 
     # What a task asks of the future that it waits for
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        """See ``asyncio.Future``."""
-        return self._loop
 
     def add_done_callback(
         self, resume: Callable[[AsyncioTransport], object], *, context: Context
@@ -328,18 +334,18 @@ class AsyncioTransport(SocketTransport):
         """See ``asyncio.Future``."""
         return self._waiter is None
 
-    def result(self) -> None:
-        """See ``asyncio.Future``."""
-        cancelled, self._cancelled = self._cancelled, None
-        if cancelled is not None:
-            raise cancelled
-
     def cancel(self, msg: object = None) -> bool:
         """See ``asyncio.Future``."""
         if self._waiter is None:
             return False
         # Whose cancellation it is stands in the message (anyio looks for its own).
-        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        error = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+
+        def result() -> None:
+            self.result = _no_result
+            raise error
+
+        self.result = result
         self.wake()
         return True
 
@@ -517,6 +523,7 @@ class AsyncioEventLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._get_loop = repeat(loop).__next__
         self.watch: Watch
         self._failure: asyncio.Future[None] = loop.create_future()
         self.name = "uvloop" if type(loop).__module__.startswith("uvloop") else "asyncio"
@@ -526,7 +533,7 @@ class AsyncioEventLoop:
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
-        return AsyncioTransport(sock, self.watch, self._loop)
+        return AsyncioTransport(sock, self.watch, self._get_loop)
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
         """See `EventLoop`."""
