@@ -10,11 +10,10 @@ HTTP: RFC 9110 and 9112. The opening handshake: RFC 6455, section 4.2. Origins: 
 from __future__ import annotations
 
 import re
-import sys
 from base64 import b64encode
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha1
 from http import HTTPStatus
 from typing import Literal
@@ -28,7 +27,9 @@ from roomsock.limits import Limits
 from .deflate import Agreement, Compression, negotiate, parse_offers
 
 # The methods that act on a resource (RFC 9110, section 9.3; RFC 5789), allowed there or not.
-_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
+_METHODS = {
+    name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+}
 
 # What a request line holds besides its target, with room to spare: method, blanks, version.
 _LINE_BESIDE_TARGET = 32
@@ -53,8 +54,9 @@ _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 
 # In a header h11 lets pass all of them but NUL and the blanks (RFC 9110, section 5.5), and takes
-# quadratic time to refuse blanks before a bare CR: with these gone all that is left is linear.
-_CONTROL = bytes({*range(0x20), 0x7F} - set(b"\t\n\r"))
+# quadratic time to refuse blanks before a bare CR: with these gone all that is left is linear. CR
+# and LF may be there in line ends.
+_CONTROL = bytes({*range(0x20), 0x7F} - set(b"\t"))
 
 # The lines of a chunked body (RFC 9112, section 7.1), each to be matched in one way only.
 _TEXT = rb"[^\x00-\x08\n-\x1f\x7f]*"
@@ -70,9 +72,11 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _FRAMING = re.compile(r"connection|content-length|transfer-encoding", re.IGNORECASE)
 _FRAMING_101 = re.compile(rf"{_FRAMING.pattern}|upgrade|sec-websocket-.*", re.IGNORECASE)
 
+_UNESCAPED = rb"[a-z0-9._~!$&'()*+,;=-]*"
 # The value of Host: uri-host and port (RFC 9110, section 7.2; RFC 3986, section 3.2.2).
 _HOST = re.compile(
-    rb"(?:\[[0-9a-f:.]+\]|(?:[a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})+)(?::[0-9]*)?", re.IGNORECASE
+    rb"(?:\[[0-9a-f:.]+\]|(?=[^:/?])%b(?:%%[0-9a-f]{2}%b)*)(?::[0-9]*)?" % ((_UNESCAPED,) * 2),
+    re.IGNORECASE,
 )
 # Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
 _TARGET = re.compile(
@@ -80,7 +84,7 @@ _TARGET = re.compile(
     re.IGNORECASE,
 )
 _BAD_ESCAPE = re.compile(rb"%(?:2f|(?![0-9a-f]{2}))", re.IGNORECASE)
-_BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
+_BAD_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|/\.\.?(?:/|\Z)")
 
 _ORIGIN = re.compile(
     r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{0,5}))?"
@@ -122,7 +126,8 @@ class PeerGone:
     """The peer closed before its request was complete: there is nobody to answer."""
 
 
-_Fields = defaultdict[bytes, list[bytes]]
+#: What repeats a name is one list with it (RFC 9110, section 5.3).
+_Fields = dict[bytes, bytes]
 HandshakeEvent = UpgradeRequested | RequestReceived | Refused | PeerGone
 
 
@@ -296,13 +301,14 @@ class Handshake:
         limits, head = self._limits, self._head
         searched = len(head)
         head += data
-        if head == b"\r" or head == b"\r\n":
-            return None
-        if head.startswith(b"\r\n"):  # one empty line is ignored (RFC 9112, section 2.2)
-            del head[:2]
-        # TLS on a plain port begins so: refuse it now, not at the deadline.
         if head[0] <= 0x20:
-            return Refused(400, "malformed request: this is not HTTP")
+            if head == b"\r" or head == b"\r\n":
+                return None
+            if head.startswith(b"\r\n"):  # one empty line is ignored (RFC 9112, section 2.2)
+                del head[:2]
+            # TLS on a plain port begins so: refuse it now, not at the deadline.
+            if head[0] <= 0x20:
+                return Refused(400, "malformed request: this is not HTTP")
         line = limits.request_target + _LINE_BESIDE_TARGET + len(b"\r\n")
         if line <= min(len(head), limits.header_block) and head.find(b"\n", 0, line) < 0:
             return self._target_too_long()
@@ -312,13 +318,15 @@ class Handshake:
             return Refused(431, f"headers above Limits.header_block ({limits.header_block} bytes)")
         if blank is None:
             return None
-        if head.count(b"\n", 0, size) - 2 > limits.header_fields:
+        behind = b""
+        if size < len(head):
+            behind = bytes(head[size:])
+            del head[size:]
+        lines = head.count(b"\n")
+        if lines - 2 > limits.header_fields:
             return Refused(431, f"headers above Limits.header_fields ({limits.header_fields})")
-        behind = bytes(head[size:])
-        del head[size:]
         # Not by one pattern, whose alternatives would be tried at each byte.
-        bare = head.count(b"\r") - head.count(b"\r\n")
-        if bare or len(head.translate(None, _CONTROL)) < size:
+        if len(head.translate(None, _CONTROL)) + lines + head.count(b"\r\n") < size:
             return Refused(400, "malformed request: control character")
         self._h11.receive_data(bytes(head))
         request = self._h11.next_event()
@@ -332,40 +340,43 @@ class Handshake:
             return Refused(505, "HTTP/1.0 and HTTP/1.1 only")
         if len(request.target) > limits.request_target:
             return self._target_too_long()
-        if request.method not in _METHODS:  # RFC 9110, section 9.1
+        method = _METHODS.get(request.method)  # RFC 9110, section 9.1
+        if method is None:
             return Refused(501, "unknown method")
         path = decode_target(request.target)
         if path is None:
             return Refused(400, "malformed request: request target")
-        pairs = [(name.lower(), value) for name, value in request.headers.raw_items()]
-        fields: _Fields = defaultdict(list)
-        for name, value in pairs:
-            fields[name].append(value)
+        fields: _Fields = {}
+        lines = []
+        for name, value in request.headers.raw_items():
+            name = name.lower()
+            lines.append(name + b":" + value)
+            fields[name] = fields[name] + b"," + value if name in fields else value
         # RFC 9112, section 3.2: it may be empty. h11 lets no second pass, and no HTTP/1.1 without.
-        if any(host and not _HOST.fullmatch(host) for host in fields[b"host"]):
+        host = fields.get(b"host")
+        if host and not _HOST.fullmatch(host):
             return Refused(400, "malformed request: Host")
         if not request.target.startswith(b"/"):  # section 3.2.2: what Host says is ignored
             authority = request.target.split(b"/", 3)[2].partition(b"?")[0]
-            pairs = [(name, authority if name == b"host" else value) for name, value in pairs]
-        # Kept for as long as the connection: no text twice.
+            lines = [b"host:" + authority if line[:5] == b"host:" else line for line in lines]
+        target = request.target.decode()
         ours = Request(
-            sys.intern(request.method.decode()),
-            path if path.encode() == request.target else request.target.decode(),
+            method,
+            path if path == target else target,  # kept for as long as the connection: not twice
             path,
-            b"\n".join([name + b":" + value for name, value in pairs]),
+            b"\n".join(lines),
             client=self._client,
             scheme=self._scheme,
         )
-        if b"websocket" in map(bytes.lower, _tokens(fields[b"upgrade"])):
+        if b"websocket" in _items(fields.get(b"upgrade", b"").lower()):
             self._trailing += behind
             return self._take_upgrade(request, fields, ours)
 
-        length = int(fields[b"content-length"][0]) if fields[b"content-length"] else 0
         # RFC 9112, section 6.1: signs of request smuggling.
-        if fields[b"transfer-encoding"] and (
-            fields[b"content-length"] or request.http_version < b"1.1"
-        ):
+        is_chunked = b"transfer-encoding" in fields  # h11 lets no other pass
+        if is_chunked and (b"content-length" in fields or request.http_version < b"1.1"):
             return Refused(400, "malformed request: Transfer-Encoding is out of place")
+        length = int(fields.get(b"content-length", 0))
         if length > limits.body:
             return self._body_too_big()
         # RFC 9110, section 10.1.1: a client that is refused may send the body without asking.
@@ -373,7 +384,7 @@ class Handshake:
             return Refused(417, "Expect: 100-continue is not supported")
         self._request = ours
         self._left = length
-        if fields[b"transfer-encoding"]:  # chunked: h11 lets no other pass
+        if is_chunked:
             self._syntax = _CHUNK
         return self._read_body(behind)
 
@@ -385,36 +396,36 @@ class Handshake:
         if request.method != b"GET" or request.http_version < b"1.1":
             return Refused(400, "malformed handshake: not a GET of HTTP/1.1")
         # A body would be read as frames by one server and as a body by another.
-        if fields[b"transfer-encoding"] or any(map(int, fields[b"content-length"])):
+        if b"transfer-encoding" in fields or int(fields.get(b"content-length", 0)):
             return Refused(400, "malformed handshake: it has a body")
         # Item 2: the rest of it is checked for every request.
-        if not any(fields[b"host"]):
+        if not fields.get(b"host"):
             return Refused(400, "malformed handshake: Host")
         # Item 4; item 3, Upgrade, is how we know that it is a handshake.
-        options = _tokens(fields[b"connection"])
-        if b"upgrade" not in map(bytes.lower, options) or not all(map(_TOKEN.fullmatch, options)):
+        options = _tokens(fields.get(b"connection", b"").lower())
+        if options is None or "upgrade" not in options:
             return Refused(400, "malformed handshake: Connection must list upgrade")
         # Item 6, before the key, so that a client of another version learns that first.
-        if fields[b"sec-websocket-version"] != [b"13"]:
+        if fields.get(b"sec-websocket-version") != b"13":
             return Refused(426, "Sec-WebSocket-Version must be 13", _VERSION_HEADERS)
         # Item 5.
-        keys = fields[b"sec-websocket-key"]
-        if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+        key = fields.get(b"sec-websocket-key", b"")
+        if not _KEY.fullmatch(key):
             return Refused(400, "malformed handshake: Sec-WebSocket-Key")
         # Item 8: tokens, all different (section 4.1, item 10).
-        offered = _tokens(fields[b"sec-websocket-protocol"])
-        if len(set(offered)) < len(offered) or not all(map(_TOKEN.fullmatch, offered)):
+        offered = _tokens(fields.get(b"sec-websocket-protocol", b""))
+        if offered is None or len(set(offered)) < len(offered):
             return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
         # Item 9.
-        offers = parse_offers(fields[b"sec-websocket-extensions"])
+        offers = parse_offers([fields.get(b"sec-websocket-extensions", b"")])
         if offers is None:
             return Refused(400, "malformed handshake: Sec-WebSocket-Extensions")
         if self._compression is not None:
             self.agreement = negotiate(offers, self._compression)
-        digest = sha1(keys[0] + _GUID, usedforsecurity=False).digest()
+        digest = sha1(key + _GUID, usedforsecurity=False).digest()
         self._accept_key = b64encode(digest).decode()
-        self._subprotocols = tuple(token.decode() for token in offered)
-        return UpgradeRequested(ours, self._subprotocols)
+        self._subprotocols = offered
+        return UpgradeRequested(ours, offered)
 
     def _read_body(self, data: bytes) -> HandshakeEvent | None:
         """Count the bytes of a body, or read it in chunks (RFC 9112, section 7.1), each byte once.
@@ -479,9 +490,17 @@ class Handshake:
         return Refused(414, f"request target above Limits.request_target ({limit} bytes)")
 
 
-def _tokens(values: Iterable[bytes]) -> list[bytes]:
-    """Split a list that may take several lines; empty items do not count (RFC 9110, 5.6.1)."""
-    return [item for value in values for part in value.split(b",") if (item := part.strip(b" \t"))]
+@lru_cache(64)  # clients of a kind all send the same
+def _items(value: bytes) -> tuple[bytes, ...]:
+    """Split a list; empty items do not count (RFC 9110, section 5.6.1)."""
+    return tuple([item for part in value.split(b",") if (item := part.strip(b" \t"))])
+
+
+@lru_cache(64)
+def _tokens(value: bytes) -> tuple[str, ...] | None:
+    """Split a list of tokens; None if there is anything else in it."""
+    items = _items(value)
+    return tuple(map(bytes.decode, items)) if all(map(_TOKEN.fullmatch, items)) else None
 
 
 def _foreign_headers(
@@ -514,16 +533,16 @@ def decode_target(target: bytes) -> str | None:
     if match is None:
         return None
     raw = match[2] or match[3] or b"/"
-    if _BAD_ESCAPE.search(raw):
-        return None
+    if b"%" in raw:
+        if _BAD_ESCAPE.search(raw):
+            return None
+        raw = unquote_to_bytes(raw)
     try:
-        path = unquote_to_bytes(raw).decode()
+        path = raw.decode()
     except UnicodeDecodeError:
         return None
     # Dot segments are looked for after decoding: %2e is one as well.
-    if _BAD_CHARACTER.search(path) or not {".", ".."}.isdisjoint(path.split("/")):
-        return None
-    return path
+    return None if _BAD_PATH.search(path) else path
 
 
 def allowed_origin(request: Request, origins: Sequence[str] | Literal["*"] | None) -> str | None:
