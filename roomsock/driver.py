@@ -91,7 +91,7 @@ class Driver:
         "_cancelled", "_checked_at", "_close_started", "_conn", "_drop_at", "_early", "_end",
         "_endpoint", "_finishing", "_grace_ends", "_handshake", "_progress_at", "_receiver",
         "_rooms", "_scheme", "_scope", "_server", "_taken", "_target", "_task_ended",
-        "_tell", "_timed_out", "_transport", "_waiting", "_whole", "_ws", "accepted", "busy",
+        "_tell", "_timed_out", "_transport", "_waiting", "_ws", "accepted", "busy",
         "cancelled", "client", "deadline", "phase", "recipient", "refusal", "task",
     )  # fmt: skip
 
@@ -110,7 +110,6 @@ class Driver:
         self._conn: Connection | None = None
         self.task: object = None  # kept, or the event loop might forget it
         self._scope: anyio.CancelScope | None = None  # of what the app's functions do
-        self._whole: anyio.CancelScope | None = None  # of all that is left to do
         self.cancelled = False
         self.phase = Phase.OPENING
         #: Functions of the app may still be running.
@@ -147,7 +146,7 @@ class Driver:
         """Drive the connection to its end. Whatever happens, the socket is closed and no room
         keeps the connection."""
         # An idle connection waits in here. Each coroutine less on the way to its read saves it 0.2
-        # to 0.3 KiB; so does a scope for the rest that is only made when the first is left.
+        # to 0.3 KiB.
         try:
             try:
                 try:
@@ -179,22 +178,23 @@ class Driver:
             self._server.loop.end(contain(error))
 
     async def _wind_up(self) -> None:
-        with anyio.CancelScope() as self._whole:
-            if self.cancelled:
-                self._whole.cancel()
-            if self.accepted:
-                await self._finish()
-            elif self._timed_out:
-                self._refuse_late()
-            self.busy = False
+        if self.accepted:
+            await self._finish()
+        elif self._timed_out:
+            self._refuse_late()
+        self.busy = False
+        if self.cancelled:
+            self.abort()
+        else:
             await self.close_transport()
 
     def cancel(self) -> None:
         """The server waits no longer: cancel all that is done here but for ``on_close``."""
         self.cancelled = True
-        scope = self._whole or self._scope
-        if scope is not None and not scope.shield:  # the shielded one is that of ``on_close``
-            scope.cancel()
+        if self._scope is not None and not self._scope.shield:  # that of ``on_close`` is shielded
+            self._scope.cancel()
+        if not self.busy:  # it is closing, and goes on when the socket is closed
+            self.abort()
 
     async def _open(self) -> None:
         """Take the request; open the WebSocket or answer otherwise."""
@@ -330,6 +330,8 @@ class Driver:
         try:
             with scope:
                 self._scope = scope
+                if self.cancelled and not scope.shield:
+                    scope.cancel()
                 self._cancelled = False
                 self._grace_ends = self._server.now + self._server.app.limits.on_close
                 self._rearm()
@@ -339,7 +341,7 @@ class Driver:
                     if _is_cancelled():
                         raise
                     logger.error("%s of %s raised", what, self._endpoint.path, exc_info=error)
-            if scope.cancelled_caught:
+            if scope.cancelled_caught and (scope.shield or not self.cancelled):
                 logger.error(TOOK_TOO_LONG, what, self._endpoint.path)
         except Exception as error:  # raised while it was cancelled, and left by the scope
             logger.error("%s of %s raised", what, self._endpoint.path, exc_info=error)
