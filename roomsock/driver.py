@@ -159,14 +159,14 @@ class Driver:
                         receiver = self._receiver
                         if receiver is not None and (self._end is None or receiver.inbox):
                             await self._converse()
-                except anyio.get_cancelled_exc_class() as error:
-                    if _is_cancelled():
-                        raise
-                    self._handler_raised(error)
                 except Exception as error:
                     if self._ws is None or not self.accepted:
                         raise
                     self._server.dispatcher.failed(self._ws, self, self.describe(), error)
+                except anyio.get_cancelled_exc_class() as error:
+                    if _is_cancelled():
+                        raise
+                    self._handler_raised(error)
                 await self._wind_up()
             finally:
                 try:
@@ -227,7 +227,7 @@ class Driver:
             if data is None:
                 return PeerGone()
             event = handshake.receive_data(data)
-        if isinstance(event, UpgradeRequested | RequestReceived):
+        if isinstance(event, (UpgradeRequested, RequestReceived)):
             self._server.identify(self, event.request)
             if self.is_gone():
                 return PeerGone()
@@ -407,8 +407,6 @@ class Driver:
 
     def _leave(self) -> None:
         """The task ends: no room may keep the connection, and nobody else closes its socket."""
-        if self._ws is not None:
-            self._ws._silence()
         if not self._finishing:  # else that lets go of them, perhaps in another task and later
             self._release()
         self._task_ended = True
@@ -443,7 +441,8 @@ class Driver:
             self.recipient.queue_kept(frame)
         self._early = ()
         self._ws._enter()
-        access.info("%s %s accepted %s", _peer(self.client), ascii(self._target), self._ws.id)
+        if access.isEnabledFor(logging.INFO):
+            access.info("%s %a accepted %s", _peer(self.client), self._target, self._ws.id)
         if handshake.trailing_data:
             self._receiver.feed(handshake.trailing_data)
         self._rearm()
@@ -593,7 +592,8 @@ class Driver:
             self._grace_ends = began + server.app.limits.close_grace
         self._rearm()
         receiver.stop(discard=since is None)
-        access.info("%s %s %s", _peer(self.client), self._ws.id, _escaped(end))
+        if access.isEnabledFor(logging.INFO):
+            access.info("%s %s %s", _peer(self.client), self._ws.id, _escaped(end))
 
     def _closed_error(self) -> ConnectionClosed:
         """A fresh exception each time: one that is raised twice grows its traceback."""

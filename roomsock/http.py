@@ -104,6 +104,8 @@ class Request:
     def _getall(self, name: str) -> list[str]:
         """``headers.getall`` of a lower-case name, without taking the other headers apart."""
         start = f"{name}:".encode("latin-1")
+        if start not in self._header_block:
+            return []
         lines = self._header_block.split(b"\n")
         return [line[len(start) :].decode("latin-1") for line in lines if line.startswith(start)]
 

@@ -301,13 +301,15 @@ class Server:
         client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         address = self._counted_address(client)
         from_there = 0 if address is None else self._per_address[address]
-        limited = [
-            ("connections", self._open, self._max_connections),
-            ("connections_per_address", from_there, self._max_per_address),
-        ]
-        passed = [name for name, count, most in limited if count >= most]
-        refusal = self._one_too_many(passed[0]) if passed else None
-        if any(count >= most * STILL_TOLD + 1 for _, count, most in limited):
+        refusal = None
+        if self._open >= self._max_connections:
+            refusal = self._one_too_many("connections")
+        elif from_there >= self._max_per_address:
+            refusal = self._one_too_many("connections_per_address")
+        if refusal is not None and (
+            self._open >= self._max_connections * STILL_TOLD + 1
+            or from_there >= self._max_per_address * STILL_TOLD + 1
+        ):
             sock.close()
             return
         sock.setblocking(False)

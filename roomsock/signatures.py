@@ -42,6 +42,8 @@ class Role(Enum):
     GET = "get"
     POST = "post"
 
+    __hash__ = object.__hash__  # Enum's own is a Python function
+
 
 # What each role passes by position; the handler calls it what it likes.
 _PROVIDED: Mapping[Role, tuple[str, ...]] = {

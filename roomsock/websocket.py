@@ -149,8 +149,9 @@ class WebSocket:
 
     def _silence(self) -> None:
         """Be no recipient any more; for the driver, when the connection begins to close."""
-        self._send = self._link.send
-        self._registry.silence(self, self._joined)
+        if self._joined:
+            self._send = self._link.send
+            self._registry.silence(self, self._joined)
 
     def _leave_all(self) -> tuple[str, ...]:
         """Be in no room any more; for the driver, which lets their records go later."""
