@@ -92,7 +92,7 @@ class Driver:
         "_endpoint", "_finishing", "_grace_ends", "_handshake", "_progress_at", "_receiver",
         "_rooms", "_scheme", "_scope", "_server", "_taken", "_target", "_task_ended",
         "_tell", "_timed_out", "_transport", "_waiting", "_ws", "accepted", "busy",
-        "cancelled", "client", "deadline", "phase", "recipient", "refusal", "task",
+        "cancelled", "client", "deadline", "latency", "phase", "recipient", "refusal", "task",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +121,7 @@ class Driver:
         app = server.app
         self.recipient = Sender(self, transport, server.flusher, app.limits, app.slow_consumers)
         self._receiver: Receiver | None = None  # from the acceptance on
+        self.latency: float | None = None
         self.accepted = False
         self._early: tuple[bytes, ...] = ()  # what `on_connect` sends before the 101
         # Whether what was sent gets on; looked at while it may not
@@ -304,25 +305,26 @@ class Driver:
         if self._finishing:
             return
         self._finishing = True
-        assert self._ws is not None and self._endpoint is not None
+        ws = self._ws
+        assert ws is not None and self._endpoint is not None
         if self._end is None:  # the handler was cancelled although nothing had ended
             self.close(CloseCode.GOING_AWAY, "")
         dispatcher = self._server.dispatcher
         self._grace_ends = inf
         try:
             if self._tell is not None:
-                told = dispatcher.tell_end(self._ws, self._endpoint, self._tell)
+                told = dispatcher.tell_end(ws, self._endpoint, self._tell)
                 await self._bounded(told, "the error handler", anyio.CancelScope())
         finally:
-            self._rooms = self._ws._leave_all()
+            self._rooms = ws._leave_all()
             try:
                 if Role.ON_CLOSE in self._endpoint.handlers:
-                    told = dispatcher.tell_close(self._ws, self._endpoint, self._closed_error())
+                    told = dispatcher.tell_close(ws, self._endpoint, self._closed_error())
                     # A stopping server waits no longer, but on_close is owed to every connection.
                     scope = anyio.move_on_after(self._server.app.limits.on_close, shield=True)
                     await self._bounded(told, "on_close", scope)
             finally:
-                self._release()
+                self._release(ws)
 
     async def _bounded(self, call: Awaitable[None], what: str, scope: anyio.CancelScope) -> None:
         assert self._endpoint is not None
@@ -347,9 +349,9 @@ class Driver:
             logger.error("%s of %s raised", what, self._endpoint.path, exc_info=error)
         self._grace_ends = inf
 
-    def _release(self) -> None:
-        if self._ws is not None:
-            self._server.dispatcher.registry.release(self._ws, self._rooms + self._ws._leave_all())
+    def _release(self, ws: WebSocket | None) -> None:
+        if ws is not None:
+            self._server.dispatcher.registry.release(ws, self._rooms + ws._leave_all())
             self._rooms = ()
 
     async def close_transport(self) -> None:
@@ -408,8 +410,10 @@ class Driver:
     def _leave(self) -> None:
         """The task ends: no room may keep the connection, and nobody else closes its socket."""
         if not self._finishing:  # else that lets go of them, perhaps in another task and later
-            self._release()
+            self._release(self._ws)
         self._task_ended = True
+        # What refers to each other is freed only when the collector comes.
+        self._ws = self._receiver = None
         if self.is_gone():
             self._server.forget(self)
         elif not self._close_started:
@@ -450,14 +454,10 @@ class Driver:
     # Link: receiving
 
     @property
-    def latency(self) -> float | None:
-        """See `Link`."""
-        return self._receiver.latency if self._receiver is not None else None
-
-    @property
     def incoming(self) -> Receiver:
         """See `Link`."""
         if self._receiver is None:
+            self.check_open()  # its task has ended
             raise RuntimeError("nothing can be received before the connection is accepted")
         return self._receiver
 
@@ -676,7 +676,7 @@ class Driver:
         self._grace_ends = inf
         logger.error("%s does not stop after its cancellation: left behind", self.describe())
         if self._finishing:  # on_close or the error handler itself
-            self._release()
+            self._release(self._ws)
         else:
             self._server.spawn(self._finish)
 

@@ -38,6 +38,9 @@ _EMPTY: deque[str | bytes] = deque(maxlen=0)
 class ReceiverOwner(Protocol):
     """What a receiver asks of its connection."""
 
+    #: Seconds from our newest ping to its pong.
+    latency: float | None
+
     def check_open(self) -> None:
         """Raise `ConnectionClosed` once it is decided how the connection ends."""
 
@@ -56,13 +59,12 @@ class Receiver:
         ending: What the peer did to end the connection, while what came before is handled.
         ending_at: When that was noticed.
         reading: The connection's own task waits for input.
-        latency: Seconds from our newest ping to its pong.
     """
 
     __slots__ = (
         "_conn", "_fed", "_flusher", "_handed_back", "_helping", "_owner", "_reads", "_reads_seen",
         "_receiving", "_sender", "_server", "_stopped", "_transport", "_turn", "_turn_ends",
-        "ending", "ending_at", "inbox", "latency", "reading",
+        "ending", "ending_at", "inbox", "reading",
     )  # fmt: skip
 
     def __init__(
@@ -92,7 +94,6 @@ class Receiver:
         self._handed_back: anyio.Event | None = None  # set when that task gives it back
         self.ending: PeerClosed | Failed | PeerLost | None = None
         self.ending_at = 0.0
-        self.latency: float | None = None
 
     @property
     def is_read(self) -> bool:
@@ -256,7 +257,7 @@ class Receiver:
                     self.inbox = deque()
                 self.inbox.append(event)
             elif isinstance(event, PongReceived):
-                self.latency = self._server.clock.now() - event.sent_at
+                self._owner.latency = self._server.clock.now() - event.sent_at
             else:
                 self.ending = event
                 # Not `server.now`, which may be old: replies would not get the time that is theirs.

@@ -35,6 +35,9 @@ JOIN_FRAMES = 256
 #: Who awaits its sends lets others have their turn after so many in a tick.
 TURN_SENDS = 64
 
+#: The pace of who can send no more.
+LET_OTHERS = Pace(checkpoint)
+
 #: A client that got several frames in a tick goes straight to joining for so many ticks.
 JOIN_TICKS = 3
 
@@ -236,7 +239,7 @@ class Sender:
         limits: Limits,
         policy: SlowConsumers,
     ) -> None:
-        self._owner = owner
+        self._owner: Any = owner  # until it is abandoned
         self._transport = transport
         self._flusher = flusher
         self._high_water = limits.high_water
@@ -378,7 +381,8 @@ class Sender:
     def abandon(self) -> None:
         """Forget what was not written, and take nothing more."""
         self._failed = self.blocked = True
-        self._pace = Pace(self.wait_low)
+        self._pace = LET_OTHERS  # not one of its own: it refers to nobody any more, and so
+        self._owner = None  # is freed without the collector
         self.batch = None
         self._outbox.clear()
         self.notify()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
+import logging
 import random
 import socket
 import ssl
+import weakref
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -2277,6 +2280,74 @@ async def test_who_sends_to_the_client_that_is_gone_when_told_of_it_is_no_error(
     async with served(app) as server, connected(server, "/r"):
         pass
     assert told == ["error", "close"]
+
+
+@pytest.mark.parametrize("by_server", [False, True])
+async def test_who_has_left_is_freed_without_the_collector(
+    by_server: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = App()
+    caplog.set_level(logging.INFO, "roomsock")  # a record keeps an exception, and that its frames
+    seen: list[weakref.ref[WebSocket]] = []
+
+    @app.on_message("/r")
+    async def take(ws: WebSocket, message: str) -> None:
+        seen.append(weakref.ref(ws))
+        ws.join("other").send_text(message)
+        if by_server:
+            ws.close()
+
+    app.add_on_close("/r", lambda ws, reason: None)
+    gc.disable()
+    try:
+        async with served(app) as server:
+            for _ in range(2):
+                async with connected(server, "/r") as client:
+                    await client.send("hello")
+                    assert await client.receive() == "hello"
+                    if not by_server:
+                        await client.close()
+                    assert await client.closed() == (1000, "")
+            await until(lambda: not server.connections)
+            await settled()
+            assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_who_is_kept_after_its_end_still_says_how_it_ended() -> None:
+    app, clock = App(keepalive=(20, 5)), FakeClock()
+    kept: list[WebSocket] = []
+
+    @app.serve("/r")
+    async def hold(ws: WebSocket) -> None:
+        kept.append(ws)
+        async for _ in ws:
+            pass
+
+    async with served(app, clock) as server:
+        async with connected(server, "/r") as client:
+            await clock.advance(20.25)
+            ping = await client.event()
+            assert isinstance(ping, events.Ping)
+            await clock.advance(2)
+            await client.send_event(ping.response())
+            await client.close(1001)
+            await client.closed()
+        await until(lambda: not server.connections)
+        await settled()
+        [ws] = kept
+        assert ws.latency == 2.25
+        ws.leave("other")
+        ws.close()
+        for method in (ws.receive_text, ws.receive):
+            with pytest.raises(ConnectionClosedOK) as ended:
+                await method()
+            assert (ended.value.code, ended.value.closed_by) == (1001, "client")
+        with pytest.raises(ConnectionClosedOK):
+            ws.send_text("too late")
+        with pytest.raises(ConnectionClosedOK):
+            ws.join("other")
 
 
 # Keepalive

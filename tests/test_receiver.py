@@ -107,6 +107,7 @@ class Owner:
         self.end: Exception | None = None
         self.applied: list[object] = []
         self.found = 0
+        self.latency: float | None = None
 
     def check_open(self) -> None:
         assert self.end is not None
@@ -331,14 +332,14 @@ async def test_pings_are_answered_and_the_latency_is_known_from_a_pong(
     make: Callable[..., Unit],
 ) -> None:
     unit = make()
-    assert unit.receiver.latency is None
+    assert unit.owner.latency is None
     await unit.clock.advance(20)
     assert unit.conn.handle_timeout(unit.clock.now()) == []
     [ping] = unit.conn.data_to_send()
     await unit.clock.advance(1.5)
     unit.wire.arrive(masked(0x89, b"you?") + masked(0x8A, ping[2:]) + text("1"))
     assert await unit.receive() == "1"
-    assert unit.receiver.latency == 1.5
+    assert unit.owner.latency == 1.5
     assert unit.sender.frames == [encode_frame(PONG, b"you?")]
 
 
