@@ -383,15 +383,14 @@ class App:
         self._registry.reset()
 
     def _endpoints(self) -> list[tuple[Endpoint, Pattern]]:
-        endpoints: dict[str, tuple[Endpoint, Pattern]] = {}
+        handlers: dict[str, dict[Role, Handler]] = {}
         for each in self._registrations:
-            pattern = each.handler.pattern
-            endpoint, _ = endpoints.setdefault(each.path, (Endpoint(each.path), pattern))
-            endpoint.handlers[each.role] = each.handler
+            handlers.setdefault(each.path, {})[each.role] = each.handler
+        endpoints = {path: Endpoint(path, declared) for path, declared in handlers.items()}
         for each in self._registrations:
-            endpoint, _ = endpoints[each.path]
-            self._finish(each, endpoint)
-        return list(endpoints.values())
+            self._finish(each, endpoints[each.path])
+        patterns = {each.path: each.handler.pattern for each in reversed(self._registrations)}
+        return [(endpoint, patterns[path]) for path, endpoint in endpoints.items()]
 
     def _finish(self, each: _Registration, endpoint: Endpoint) -> None:
         handler, mode = each.handler, endpoint.mode

@@ -39,14 +39,12 @@ class Endpoint:
     decoder: JsonDecoder | None = None
     takes: frozenset[type] = frozenset((str,))
     returned: set[Role] = field(default_factory=set)
+    #: The handler that takes the messages.
+    mode: Handler | None = field(init=False)
 
-    @property
-    def mode(self) -> Handler | None:
-        """The handler that takes the messages."""
-        for role in MODES:
-            if role in self.handlers:
-                return self.handlers[role]
-        return None
+    def __post_init__(self) -> None:
+        modes = [self.handlers[role] for role in MODES if role in self.handlers]
+        self.mode = modes[0] if modes else None
 
     async def call(
         self, handler: Handler, params: Mapping[str, Any], *args: Any, **named: Any

@@ -366,17 +366,16 @@ class Driver:
         self._close_started = True
         receiver, conn = self._receiver, self._conn
         try:
-            self._rearm()
+            if not self.accepted:
+                self._rearm()  # the opening is over
             await self.recipient.flushed()
             if conn is not None and receiver is not None:
                 while not conn.close_received and not self.is_gone():
                     await receiver.read()
             limits = self._server.app.limits
-            self._drop_at = min(self._drop_at, self._server.now + limits.close_timeout)
-            self._rearm()
+            self._drop_in(limits.close_timeout)
             await self._transport.finish_writing()
-            self._drop_at = min(self._drop_at, self._server.now + limits.linger)
-            self._rearm()
+            self._drop_in(limits.linger)
             if receiver is not None:
                 await receiver.take_over()
             while not self.is_gone() and await self._transport.receive() != b"":
@@ -611,6 +610,13 @@ class Driver:
             self._cancel_opening()
 
     # Time
+
+    def _drop_in(self, seconds: float) -> None:
+        """Close the socket in so many seconds at the latest."""
+        drop_at = self._server.now + seconds
+        if drop_at < self._drop_at:
+            self._drop_at = drop_at
+            self._rearm()
 
     def _rearm(self) -> None:
         if self.phase is Phase.OPEN and self._conn is not None:

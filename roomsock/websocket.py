@@ -149,7 +149,7 @@ class WebSocket:
 
     def _silence(self) -> None:
         """Be no recipient any more; for the driver, when the connection begins to close."""
-        if self._joined:
+        if self in self._registry.everyone:  # it is done at each step of an end
             self._send = self._link.send
             self._registry.silence(self, self._joined)
 

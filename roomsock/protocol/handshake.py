@@ -48,6 +48,12 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # wants Upgrade in every 426.
 _VERSION_HEADERS = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 
+# How every 101 begins.
+_UPGRADED = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
+_PLAIN_101 = "HTTP/1.1 101 Switching Protocols\r\n" + "".join(
+    f"{name}: {value}\r\n" for name, value in _UPGRADED
+)
+
 # 16 bytes in base64 are 22 digits and two pads, always (RFC 6455, section 4.1, item 7).
 _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
 
@@ -228,11 +234,7 @@ class Handshake:
             ValueError: The subprotocol was not offered, or a header is invalid or not the
                 caller's to set. The request can still be answered.
         """
-        ours = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", self._accept_key),
-        ]
+        ours: list[tuple[str, str]] = []
         if subprotocol is not None:
             # RFC 6455, section 4.1: a client must fail on one it did not ask for.
             if subprotocol not in self._subprotocols:
@@ -245,10 +247,11 @@ class Handshake:
             ours.append(("Sec-WebSocket-Extensions", self.agreement.header))
         theirs = _foreign_headers(headers, _FRAMING_101)
         if theirs:
-            return self._write(h11.InformationalResponse, 101, ours + theirs)
+            first = [*_UPGRADED, ("Sec-WebSocket-Accept", self._accept_key)]
+            return self._write(h11.InformationalResponse, 101, first + ours + theirs)
         # Nothing is left for h11 to check, and these are the bytes that it would write.
         lines = "".join([f"{name}: {value}\r\n" for name, value in ours])
-        return f"HTTP/1.1 101 Switching Protocols\r\n{lines}\r\n".encode()
+        return f"{_PLAIN_101}Sec-WebSocket-Accept: {self._accept_key}\r\n{lines}\r\n".encode()
 
     def respond(
         self, status: int, body: bytes = b"", headers: Iterable[tuple[str, str]] = ()
@@ -417,7 +420,8 @@ class Handshake:
         if offered is None or len(set(offered)) < len(offered):
             return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
         # Item 9.
-        offers = parse_offers([fields.get(b"sec-websocket-extensions", b"")])
+        extensions = fields.get(b"sec-websocket-extensions")
+        offers = [] if extensions is None else parse_offers([extensions])
         if offers is None:
             return Refused(400, "malformed handshake: Sec-WebSocket-Extensions")
         if self._compression is not None:
