@@ -151,7 +151,7 @@ class Driver:
         try:
             try:
                 try:
-                    with anyio.CancelScope() as self._scope:
+                    with self._server.new_scope() as self._scope:
                         if self.cancelled:
                             self._scope.cancel()
                         await self._open()
@@ -168,26 +168,23 @@ class Driver:
                     if _is_cancelled():
                         raise
                     self._handler_raised(error)
-                await self._wind_up()
+                if self.accepted:
+                    await self._finish()
+                elif self._timed_out:
+                    self._refuse_late()
+                self.busy = False
+                if self.cancelled:
+                    self.abort()
+                else:
+                    await self.close_transport()
             finally:
                 try:
-                    if self.accepted:
+                    if self.accepted and not self._finishing:
                         await self._finish()
                 finally:
                     self._leave()
         except BaseException as error:
             self._server.loop.end(contain(error))
-
-    async def _wind_up(self) -> None:
-        if self.accepted:
-            await self._finish()
-        elif self._timed_out:
-            self._refuse_late()
-        self.busy = False
-        if self.cancelled:
-            self.abort()
-        else:
-            await self.close_transport()
 
     def cancel(self) -> None:
         """The server waits no longer: cancel all that is done here but for ``on_close``."""

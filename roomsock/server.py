@@ -127,6 +127,8 @@ class Server:
         self.now = clock.now()
         self.was_held_up = False
         self.loop = running_event_loop()
+        #: Each `anyio.CancelScope` asks anew which event loop it is for, as dear as the rest of it.
+        self.new_scope = type(anyio.CancelScope())
         self.flusher = Flusher(self.loop.call_soon)
         self.dispatcher = app._begin_serving(
             get_ident(), queued_type(checkpoint), self.call_soon_threadsafe
@@ -314,8 +316,10 @@ class Server:
             return
         sock.setblocking(False)
         if client is not None:
-            with suppress(OSError):  # the peer is gone
+            try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:  # the peer is gone
+                pass
         transport: Transport = self.loop.transport(sock)
         if self._tls is not None:
             assert isinstance(transport, SocketTransport)
