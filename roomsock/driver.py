@@ -365,7 +365,8 @@ class Driver:
         try:
             if not self.accepted:
                 self._rearm()  # the opening is over
-            await self.recipient.flushed()
+            if self.recipient.blocked:
+                await self.recipient.flushed()
             if conn is not None and receiver is not None:
                 while not conn.close_received and not self.is_gone():
                     await receiver.read()

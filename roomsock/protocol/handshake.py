@@ -24,7 +24,7 @@ import h11
 from roomsock.http import Address, Request
 from roomsock.limits import Limits
 
-from .deflate import Agreement, Compression, negotiate, parse_offers
+from .deflate import Agreement, Compression, Offers, negotiate, parse_offers
 
 # The methods that act on a resource (RFC 9110, section 9.3; RFC 5789), allowed there or not.
 _METHODS = {
@@ -84,6 +84,7 @@ _HOST = re.compile(
     rb"(?:\[[0-9a-f:.]+\]|(?=[^:/?])%b(?:%%[0-9a-f]{2}%b)*)(?::[0-9]*)?" % ((_UNESCAPED,) * 2),
     re.IGNORECASE,
 )
+_is_host = lru_cache(64)(_HOST.fullmatch)  # clients of a kind all send the same
 # Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
 _TARGET = re.compile(
     rb'(?:https?://(%b)(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?' % _HOST.pattern,
@@ -132,7 +133,6 @@ class PeerGone:
     """The peer closed before its request was complete: there is nobody to answer."""
 
 
-#: What repeats a name is one list with it (RFC 9110, section 5.3).
 _Fields = dict[bytes, bytes]
 HandshakeEvent = UpgradeRequested | RequestReceived | Refused | PeerGone
 
@@ -349,25 +349,25 @@ class Handshake:
         path = decode_target(request.target)
         if path is None:
             return Refused(400, "malformed request: request target")
-        fields: _Fields = {}
-        lines = []
-        for name, value in request.headers.raw_items():
-            name = name.lower()
-            lines.append(name + b":" + value)
-            fields[name] = fields[name] + b"," + value if name in fields else value
+        pairs = [(name.lower(), value) for name, value in request.headers.raw_items()]
+        fields = dict(pairs)
+        if len(fields) < len(pairs):  # what repeats a name is one list with it (RFC 9110, 5.3)
+            fields = {}
+            for name, value in pairs:
+                fields[name] = fields[name] + b"," + value if name in fields else value
         # RFC 9112, section 3.2: it may be empty. h11 lets no second pass, and no HTTP/1.1 without.
         host = fields.get(b"host")
-        if host and not _HOST.fullmatch(host):
+        if host and not _is_host(host):
             return Refused(400, "malformed request: Host")
         if not request.target.startswith(b"/"):  # section 3.2.2: what Host says is ignored
             authority = request.target.split(b"/", 3)[2].partition(b"?")[0]
-            lines = [b"host:" + authority if line[:5] == b"host:" else line for line in lines]
+            pairs = [(name, authority if name == b"host" else value) for name, value in pairs]
         target = request.target.decode()
         ours = Request(
             method,
             path if path == target else target,  # kept for as long as the connection: not twice
             path,
-            b"\n".join(lines),
+            b"\n".join(map(b":".join, pairs)),
             client=self._client,
             scheme=self._scheme,
         )
@@ -421,7 +421,7 @@ class Handshake:
             return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
         # Item 9.
         extensions = fields.get(b"sec-websocket-extensions")
-        offers = [] if extensions is None else parse_offers([extensions])
+        offers = [] if extensions is None else _offers(extensions)
         if offers is None:
             return Refused(400, "malformed handshake: Sec-WebSocket-Extensions")
         if self._compression is not None:
@@ -494,7 +494,7 @@ class Handshake:
         return Refused(414, f"request target above Limits.request_target ({limit} bytes)")
 
 
-@lru_cache(64)  # clients of a kind all send the same
+@lru_cache(64)
 def _items(value: bytes) -> tuple[bytes, ...]:
     """Split a list; empty items do not count (RFC 9110, section 5.6.1)."""
     return tuple([item for part in value.split(b",") if (item := part.strip(b" \t"))])
@@ -505,6 +505,11 @@ def _tokens(value: bytes) -> tuple[str, ...] | None:
     """Split a list of tokens; None if there is anything else in it."""
     items = _items(value)
     return tuple(map(bytes.decode, items)) if all(map(_TOKEN.fullmatch, items)) else None
+
+
+@lru_cache(64)
+def _offers(extensions: bytes) -> Offers | None:
+    return parse_offers([extensions])
 
 
 def _foreign_headers(
@@ -536,7 +541,11 @@ def decode_target(target: bytes) -> str | None:
     match = _TARGET.fullmatch(target)
     if match is None:
         return None
-    raw = match[2] or match[3] or b"/"
+    return _decode_path(match[2] or match[3] or b"/")
+
+
+@lru_cache(64)
+def _decode_path(raw: bytes) -> str | None:
     if b"%" in raw:
         if _BAD_ESCAPE.search(raw):
             return None
