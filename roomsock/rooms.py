@@ -279,7 +279,8 @@ class Audience:
 
     def _send(self, opcode: int, payload: bytes, exclude: Excluded) -> Queued:
         registry = self._registry
-        registry.check_thread()
+        if get_ident() != registry.thread:
+            registry.check_thread()  # or nobody serves
         recipients = self._recipients()
         left_out: set[WebSocket] = set()
         if exclude is not None:
@@ -317,7 +318,7 @@ class Room(Audience):
     def __init__(self, registry: Registry, name: str) -> None:
         if not isinstance(name, str):
             raise TypeError(f"a room's name is a str, not {type(name).__name__}")
-        super().__init__(registry)
+        self._registry = registry
         self.name = name
 
     def _recipients(self) -> Members:

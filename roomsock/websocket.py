@@ -284,15 +284,15 @@ class WebSocket:
 
     def send_json_to_this_room(self, value: Any, *, exclude: Excluded = None) -> Queued:
         """Send a value as JSON to every member of this connection's room, itself included."""
-        return self.room.send_json(value, exclude=exclude)
+        return Room(self._registry, self.path).send_json(value, exclude=exclude)
 
     def send_text_to_this_room(self, text: str, *, exclude: Excluded = None) -> Queued:
         """Send text to every member of this connection's room, itself included."""
-        return self.room.send_text(text, exclude=exclude)
+        return Room(self._registry, self.path).send_text(text, exclude=exclude)
 
     def send_bytes_to_this_room(self, data: bytes, *, exclude: Excluded = None) -> Queued:
         """Send bytes to every member of this connection's room, itself included."""
-        return self.room.send_bytes(data, exclude=exclude)
+        return Room(self._registry, self.path).send_bytes(data, exclude=exclude)
 
     def send_json_to_room(self, name: str, value: Any, *, exclude: Excluded = None) -> Queued:
         """Send a value as JSON to every member of the named room."""
