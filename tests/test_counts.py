@@ -66,13 +66,13 @@ class Most(NamedTuple):
 #: ``pytest tests/test_counts.py -rP | grep measured`` on both, best on a busy machine, too. An
 #: optimisation lowers its bound; whatever raises one has to be worth it.
 MOST = {
-    "asyncio": Most(Cost(37, 60), Cost(12.2, 14.4), Cost(4.6, 5.6), Cost(0.56, 0.67), 46, 5_900),
-    "uvloop": Most(Cost(37, 45), Cost(12.2, 13.7), Cost(4.6, 5.3), Cost(0.56, 0.65), 46, 6_000),
-    "trio": Most(Cost(42.7, 135), Cost(12.3, 16.0), Cost(4.7, 7.1), Cost(0.56, 0.80), 47, 6_000),
+    "asyncio": Most(Cost(23.2, 47), Cost(4.8, 6.3), Cost(3.5, 4.5), Cost(0.52, 0.61), 44, 5_900),
+    "uvloop": Most(Cost(23.2, 27), Cost(4.8, 5.6), Cost(3.5, 4.1), Cost(0.52, 0.57), 44, 5_900),
+    "trio": Most(Cost(31.1, 118), Cost(5.0, 7.8), Cost(3.6, 5.9), Cost(0.52, 0.80), 45, 5_800),
 }
 
 #: The same for each connection that is opened, and closed by its client.
-MOST_OF_A_VISIT = {"asyncio": Cost(187, 510), "uvloop": Cost(187, 397), "trio": Cost(193, 760)}
+MOST_OF_A_VISIT = {"asyncio": Cost(173, 485), "uvloop": Cost(173, 371), "trio": Cost(195, 700)}
 
 #: Python functions that a round of housekeeping calls for each idle connection.
 HOUSEKEEPING = 1

@@ -75,8 +75,8 @@ MEMBERS = {
 }
 
 #: In lines of code. 700 of them came with what strangers make necessary: bounded inflation, trusted
-#: proxies, a handshake checked in full.
-MOST_CODE = 5_050
+#: proxies, a handshake checked in full; 150 with being fast.
+MOST_CODE = 5_150
 LONGEST_FUNCTION = 60
 
 
