@@ -255,6 +255,7 @@ class SocketTransport:
         self._closed = True
         self._unregister()
         self.wake()
+        self._waiter = None  # who keeps the connection must not keep its task
         if self._writing:
             anyio.notify_closing(self._sock)
         self._sock.close()
@@ -585,6 +586,7 @@ class TrioEventLoop:
         self._found = False  # somebody goes on in this pass
         self._asleep = False  # trio waits for input, unless a task is ready
         self._parked: trio.lowlevel.Task | None = None
+        self._failure: BaseException | None = None  # ends `run`
 
     def transport(self, sock: socket.socket) -> SocketTransport:
         """See `EventLoop`."""
@@ -605,9 +607,8 @@ class TrioEventLoop:
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""
         self._callbacks.append(callback)
-        if self._asleep and self._parked is not None:
-            self.lowlevel.reschedule(self._parked)
-            self._parked = None
+        if self._asleep:
+            self._unpark()
 
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         """See `EventLoop`."""
@@ -628,12 +629,21 @@ class TrioEventLoop:
     def after_io_wait(self, _timeout: float) -> None:
         """See ``trio.abc.Instrument``."""
         callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            try:
-                callback()
-            except BaseException:  # trio would call an instrument that raises never again
-                logger.exception("%r raised", callback)
-        self._found = self.watch.call_back()
+        try:
+            for callback in callbacks:
+                try:
+                    callback()
+                except Exception:  # as asyncio does: it must not cost the server its ticks
+                    logger.exception("%r raised", callback)
+            self._found = self.watch.call_back()
+        except BaseException as error:  # trio would log it, and call this never again
+            self._failure, self._found = error, False
+            self._unpark()
+
+    def _unpark(self) -> None:
+        if self._parked is not None:
+            self.lowlevel.reschedule(self._parked)
+            self._parked = None
 
     async def _watch(self) -> None:
         while True:
@@ -644,7 +654,8 @@ class TrioEventLoop:
                 await self.lowlevel.cancel_shielded_checkpoint()
 
     async def _stay_awake(self) -> None:
-        """Have trio make another pass when `call_soon` is called while it is `_asleep`."""
+        """Have trio make another pass when `call_soon` is called while it is `_asleep`; raise what
+        was raised by `after_io_wait`."""
         lowlevel = self.lowlevel
 
         def abort(_raise_cancel: Any) -> Any:
@@ -654,5 +665,7 @@ class TrioEventLoop:
         while True:
             while self._callbacks:
                 await lowlevel.cancel_shielded_checkpoint()
+            if self._failure is not None:
+                raise self._failure
             self._parked = lowlevel.current_task()
             await lowlevel.wait_task_rescheduled(abort)

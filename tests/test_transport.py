@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import itertools
 import logging
 import os
 import socket
 import ssl
 import struct
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import anyio
 import anyio.to_thread
@@ -38,6 +41,9 @@ from roomsock.transport import (
 )
 
 from .client import PATIENCE
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 Pair = tuple[SocketTransport, socket.socket]
 
@@ -188,6 +194,31 @@ def test_who_is_removed_by_the_one_before_is_not_called(
     assert not watch.call_back()
     assert len(called) == 1
     watch.close()
+
+
+async def test_a_closed_transport_keeps_nobody_who_has_waited_for_it(
+    connect: Callable[[], Pair],
+) -> None:
+    class Value:
+        pass
+
+    async def wait() -> None:
+        context_variable.set(Value())
+        values.add(context_variable.get())
+        await transport.receive()
+
+    context_variable: ContextVar[Value] = ContextVar("value")
+    values: WeakSet[Value] = WeakSet()
+    transport, peer = connect()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        assert len(values) == 1
+        peer.send(b"x")
+    transport.close()
+    await checkpoint()
+    gc.collect()
+    assert len(values) == 0
 
 
 # Reading
@@ -1165,12 +1196,9 @@ async def test_call_soon_before_the_loops_task_runs_is_not_lost() -> None:
         tg.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("error", [ValueError("no luck"), SystemExit(1)])
-def test_a_call_back_that_raises_costs_trio_no_ticks(
-    caplog: pytest.LogCaptureFixture, error: BaseException
-) -> None:
+def test_a_call_back_that_raises_costs_trio_no_ticks(caplog: pytest.LogCaptureFixture) -> None:
     def broken() -> None:
-        raise error
+        raise ValueError("no luck")
 
     async def main() -> None:
         loop = TrioEventLoop(trio.lowlevel.current_trio_token())
@@ -1187,6 +1215,45 @@ def test_a_call_back_that_raises_costs_trio_no_ticks(
     trio.run(main)
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "broken" in record.getMessage()
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+@pytest.mark.parametrize("what", ["a signal handler", "the log", "the poller"])
+def test_what_nobody_handles_on_trio_ends_the_server(
+    what: str, asleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """trio itself would log it, and never call us again."""
+
+    def broken() -> None:
+        raise SystemExit(what) if what == "a signal handler" else ValueError
+
+    def fails(*args: object) -> None:
+        raise SystemExit(what)
+
+    async def main() -> None:
+        loop = TrioEventLoop(trio.lowlevel.current_trio_token())
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(loop.run)
+                if asleep:
+                    await trio.testing.wait_all_tasks_blocked()
+                if what == "the log":
+                    monkeypatch.setattr("roomsock.transport.logger.exception", fails)
+                elif what == "the poller":
+                    await trio.testing.wait_all_tasks_blocked()
+                    monkeypatch.setattr(loop.watch, "call_back", fails)
+                loop.call_soon(broken)
+                await trio.sleep_forever()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(main)
+    assert isinstance(_only(caught.value), SystemExit)
+
+
+def _only(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        (error,) = error.exceptions
+    return error
 
 
 def test_trio_calls_back_only_while_the_server_runs() -> None:
