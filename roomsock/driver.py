@@ -43,7 +43,7 @@ from .protocol.handshake import (
 )
 from .receiver import Receiver
 from .rooms import NO_WAIT, Pace
-from .sender import Sender
+from .sender import LET_OTHERS, TURN_SENDS, Sender
 from .signatures import Role
 from .transport import Transport
 from .websocket import WebSocket
@@ -123,7 +123,7 @@ class Driver:
         self._receiver: Receiver | None = None  # from the acceptance on
         self.latency: float | None = None
         self.accepted = False
-        self._early: tuple[bytes, ...] = ()  # what `on_connect` sends before the 101
+        self._early: list[bytes] | None = None  # what `on_connect` sends before the 101
         # Whether what was sent gets on; looked at while it may not
         self._taken = 0  # bytes that our kernel took, after it had refused some
         self._waiting = 0  # bytes that it holds
@@ -411,6 +411,8 @@ class Driver:
         self._task_ended = True
         # What refers to each other is freed only when the collector comes.
         self._ws = self._receiver = None
+        if self._end is not None:
+            self._end.__cause__ = None  # its traceback has the frame of this task
         if self.is_gone():
             self._server.forget(self)
         elif not self._close_started:
@@ -438,9 +440,9 @@ class Driver:
         self.phase = Phase.OPEN
         self._receiver = Receiver(self, server, self._transport, self._conn, self.recipient)
         self.recipient.queue_kept(data)
-        for frame in self._early:
+        for frame in self._early or ():
             self.recipient.queue_kept(frame)
-        self._early = ()
+        self._early = None
         self._ws._enter()
         if access.isEnabledFor(logging.INFO):
             access.info("%s %a accepted %s", _peer(self.client), self._target, self._ws.id)
@@ -481,8 +483,10 @@ class Driver:
     def send(self, opcode: int, payload: bytes) -> Pace:
         """See `Link`."""
         self.check_open()
-        self._early += (encode_frame(opcode, payload),)
-        return NO_WAIT
+        if self._early is None:
+            self._early = []
+        self._early.append(encode_frame(opcode, payload))
+        return NO_WAIT if len(self._early) < TURN_SENDS else LET_OTHERS
 
     # Link: ending
 

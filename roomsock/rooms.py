@@ -282,6 +282,8 @@ class Audience:
         if get_ident() != registry.thread:
             registry.check_thread()  # or nobody serves
         recipients = self._recipients()
+        if not recipients:
+            return registry.queued(0)
         left_out: set[WebSocket] = set()
         if exclude is not None:
             left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}

@@ -227,8 +227,8 @@ class Sender:
 
     __slots__ = (
         "_dropped", "_drops", "_failed", "_finished", "_flusher", "_high_water", "_moved",
-        "_outbox", "_owner", "_pace", "_transport", "batch", "blocked", "deflater", "joins_until",
-        "progress",
+        "_outbox", "_owner", "_pace", "_paced", "_transport", "batch", "blocked", "deflater",
+        "joins_until", "progress",
     )  # fmt: skip
 
     def __init__(
@@ -251,6 +251,7 @@ class Sender:
         self._finished = False
         self._moved: anyio.Event | None = None
         self._pace = NO_WAIT  # until it is blocked, or the turn of others is due
+        self._paced = 0  # sends that were awaited since it is
         self.batch: Batch | None = None
         self.blocked = False
         self.deflater: Deflater | None = None
@@ -285,7 +286,7 @@ class Sender:
             self._end_turn(batch)
 
     def _end_turn(self, batch: Batch) -> None:
-        self._pace = Pace(self.wait_low)
+        self._pace = Pace(self.pace)
         if batch.size >= JOIN_BYTES or len(batch.frames) >= JOIN_FRAMES:
             self.flush()
 
@@ -357,7 +358,7 @@ class Sender:
         if sent != len(data) or transport.unsent:
             self._outbox.refused(frames or (data,), sent, self._flusher.tick)
             self.blocked = True
-            self._pace = Pace(self.wait_low)
+            self._pace = Pace(self.pace)
             self._owner.start_draining()
 
     def _push(self, frame: bytes) -> None:
@@ -425,11 +426,19 @@ class Sender:
 
     async def wait_low(self) -> None:
         """Let others have their turn, then wait until the outbox is below its high-water mark."""
+        self._paced = 0
         await checkpoint()
         if not self.blocked:
             self._pace = NO_WAIT
         while self.is_high:
             await self._wait_moved()
+
+    async def pace(self) -> None:
+        """Wait for what a send is to wait for: others' turn, or a high outbox. What the kernel
+        refused is no reason yet: a burst below the high-water mark stays one burst."""
+        self._paced += 1
+        if not self.blocked or self.is_high or self._paced >= TURN_SENDS:
+            await self.wait_low()
 
     async def flushed(self) -> None:
         """Wait until the kernel has taken everything queued, or the connection is over."""

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import gc
 import json
-import logging
 import random
 import socket
 import ssl
@@ -51,6 +50,7 @@ from roomsock import (
     WebSocket,
 )
 from roomsock.limits import KIB, MIB
+from roomsock.sender import TURN_SENDS
 from roomsock.server import Server
 from roomsock.transport import SocketTransport
 
@@ -2282,20 +2282,24 @@ async def test_who_sends_to_the_client_that_is_gone_when_told_of_it_is_no_error(
     assert told == ["error", "close"]
 
 
-@pytest.mark.parametrize("by_server", [False, True])
+@pytest.mark.parametrize("end", ["the client's", "the server's", "a handler's mistake"])
 async def test_who_has_left_is_freed_without_the_collector(
-    by_server: bool, caplog: pytest.LogCaptureFixture
+    end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = App()
-    caplog.set_level(logging.INFO, "roomsock")  # a record keeps an exception, and that its frames
+    # A record of the log keeps an exception, and that its frames.
+    monkeypatch.setattr("roomsock.dispatch.logger.disabled", True)
+    monkeypatch.setattr("roomsock.driver.logger.disabled", True)
     seen: list[weakref.ref[WebSocket]] = []
 
     @app.on_message("/r")
     async def take(ws: WebSocket, message: str) -> None:
         seen.append(weakref.ref(ws))
         ws.join("other").send_text(message)
-        if by_server:
+        if end == "the server's":
             ws.close()
+        if end == "a handler's mistake":
+            raise ValueError
 
     app.add_on_close("/r", lambda ws, reason: None)
     gc.disable()
@@ -2305,14 +2309,40 @@ async def test_who_has_left_is_freed_without_the_collector(
                 async with connected(server, "/r") as client:
                     await client.send("hello")
                     assert await client.receive() == "hello"
-                    if not by_server:
+                    if end == "the client's":
                         await client.close()
-                    assert await client.closed() == (1000, "")
+                    code = 1011 if end == "a handler's mistake" else 1000
+                    assert await client.closed() == (code, "")
             await until(lambda: not server.connections)
             await settled()
             assert [ref() for ref in seen] == [None, None]
     finally:
         gc.enable()
+
+
+async def test_who_awaits_what_it_sends_before_the_acceptance_lets_others_have_their_turn() -> None:
+    app, turns = App(), 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await checkpoint()
+            turns += 1
+
+    @app.on_connect("/r")
+    async def greet(ws: WebSocket) -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(others)
+            for number in range(6 * TURN_SENDS):
+                await ws.send_text(str(number))
+            tg.cancel_scope.cancel()
+
+    app.add_on_message("/r", lambda ws, message: None)
+    async with served(app) as server, connected(server, "/r") as client:
+        for number in range(6 * TURN_SENDS):
+            assert await client.receive() == str(number)
+        await client.close()
+    assert turns >= 3
 
 
 async def test_who_is_kept_after_its_end_still_says_how_it_ended() -> None:

@@ -582,6 +582,31 @@ async def test_who_awaits_its_sends_lets_others_have_their_turn(
         assert unit.sender.send(BINARY, b"the turn is ours again") is NO_WAIT
 
 
+async def test_who_awaits_its_sends_goes_on_at_once_below_the_high_water_mark() -> None:
+    """Else each were a tick of its own, whose bytes are held against a smaller `Limits.outbox`."""
+    unit = Unit(high_water=1000, outbox=100).blocked()
+
+    async def sends(count: int) -> None:
+        for _ in range(count):
+            await unit.sender.send(BINARY, b"x" * 58)
+
+    run(sends(16))
+    assert not unit.sender.is_high
+    with pytest.raises(AssertionError, match="it waits"):
+        run(sends(2))
+    assert unit.owner.told == []
+
+
+async def test_who_awaits_its_sends_below_the_mark_lets_others_have_their_turn() -> None:
+    unit = Unit(high_water=KIB * KIB).blocked()
+    for _ in range(TURN_SENDS - 1):
+        pace: Any = unit.sender.send(BINARY, b"x")
+        assert list(pace.__await__()) == []
+    pace = unit.sender.send(BINARY, b"x")
+    with pytest.raises(AssertionError, match="it waits"):
+        run(pace._wait())
+
+
 @pytest.mark.parametrize("end", ["finish", "finish without a frame", "abandon"])
 async def test_who_awaits_a_send_goes_on_when_the_connection_ends(end: str) -> None:
     unit = Unit(high_water=1).blocked()
