@@ -117,6 +117,10 @@ class Agreement:
     client_takeover: bool
 
 
+#: There are so many (7.1): of more, one is repeated or unknown.
+_PARAMETERS = 4
+
+
 def parse_offers(values: Iterable[bytes]) -> Offers | None:
     """Take Sec-WebSocket-Extensions apart, all lines of it.
 
@@ -148,7 +152,10 @@ def parse_offers(values: Iterable[bytes]) -> Offers | None:
 def negotiate(offers: Offers, settings: Compression) -> Agreement | None:
     """Choose the first offer that can be met; the others are declined by not being answered."""
     for name, parameters in offers:
-        if name == NAME and (agreement := _agree(tuple(parameters), settings)) is not None:
+        if name != NAME or len(parameters) > _PARAMETERS:
+            continue
+        agreement = _agree(tuple(parameters), settings)
+        if agreement is not None:
             return agreement
     return None
 

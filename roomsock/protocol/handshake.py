@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha1
 from http import HTTPStatus
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import h11
@@ -24,7 +24,7 @@ import h11
 from roomsock.http import Address, Request
 from roomsock.limits import Limits
 
-from .deflate import Agreement, Compression, Offers, negotiate, parse_offers
+from .deflate import Agreement, Compression, negotiate, parse_offers
 
 # The methods that act on a resource (RFC 9110, section 9.3; RFC 5789), allowed there or not.
 _METHODS = {
@@ -47,6 +47,9 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # What a client of another version is told (RFC 6455, section 4.4); RFC 9110, section 15.5.22,
 # wants Upgrade in every 426.
 _VERSION_HEADERS = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
+
+# Bytes of a header, or a path, that may be remembered.
+_SHORT = 256
 
 # How every 101 begins.
 _UPGRADED = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
@@ -84,7 +87,6 @@ _HOST = re.compile(
     rb"(?:\[[0-9a-f:.]+\]|(?=[^:/?])%b(?:%%[0-9a-f]{2}%b)*)(?::[0-9]*)?" % ((_UNESCAPED,) * 2),
     re.IGNORECASE,
 )
-_is_host = lru_cache(64)(_HOST.fullmatch)  # clients of a kind all send the same
 # Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
 _TARGET = re.compile(
     rb'(?:https?://(%b)(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?' % _HOST.pattern,
@@ -135,6 +137,7 @@ class PeerGone:
 
 _Fields = dict[bytes, bytes]
 HandshakeEvent = UpgradeRequested | RequestReceived | Refused | PeerGone
+T = TypeVar("T")
 
 
 class Handshake:
@@ -217,6 +220,7 @@ class Handshake:
         except h11.RemoteProtocolError as error:
             # Where h11 quotes the peer it does so behind this: never in our log.
             reason = str(error).partition(": bytearray(")[0]
+            error.__traceback__ = None  # refers to it: a flood would wait for the collector
             event = Refused(error.error_status_hint, f"malformed request: {reason}")
         self._done = event is not None
         return event
@@ -494,22 +498,32 @@ class Handshake:
         return Refused(414, f"request target above Limits.request_target ({limit} bytes)")
 
 
-@lru_cache(64)
+def _remembered(parse: Callable[[bytes], T]) -> Callable[[bytes], T]:
+    """Look at what is short only once: clients of a kind all send the same. What is long could be
+    anything, and would stay."""
+    remember = lru_cache(64)(parse)
+
+    def look_up(value: bytes) -> T:
+        return remember(value) if len(value) <= _SHORT else parse(value)
+
+    return look_up
+
+
+@_remembered
 def _items(value: bytes) -> tuple[bytes, ...]:
     """Split a list; empty items do not count (RFC 9110, section 5.6.1)."""
     return tuple([item for part in value.split(b",") if (item := part.strip(b" \t"))])
 
 
-@lru_cache(64)
+@_remembered
 def _tokens(value: bytes) -> tuple[str, ...] | None:
     """Split a list of tokens; None if there is anything else in it."""
     items = _items(value)
     return tuple(map(bytes.decode, items)) if all(map(_TOKEN.fullmatch, items)) else None
 
 
-@lru_cache(64)
-def _offers(extensions: bytes) -> Offers | None:
-    return parse_offers([extensions])
+_offers = _remembered(lambda extensions: parse_offers([extensions]))
+_is_host = _remembered(_HOST.fullmatch)
 
 
 def _foreign_headers(
@@ -544,7 +558,7 @@ def decode_target(target: bytes) -> str | None:
     return _decode_path(match[2] or match[3] or b"/")
 
 
-@lru_cache(64)
+@_remembered
 def _decode_path(raw: bytes) -> str | None:
     if b"%" in raw:
         if _BAD_ESCAPE.search(raw):

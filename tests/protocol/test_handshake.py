@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import tracemalloc
 import unicodedata
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
@@ -1266,3 +1268,52 @@ def test_a_request_with_a_slip_is_taken_if_it_is_still_correct_and_answered_in_a
     cut: tuple[bytes, list[bytes]],
 ) -> None:
     check_any(*cut, LIMITS)
+
+
+# What is remembered
+
+
+def test_only_what_is_short_is_remembered() -> None:
+    """What clients send stays for as long as the process: it must be little."""
+
+    def shake(count: int) -> None:
+        for number in range(count):
+            long = ", ".join(f"{number}-{each}" for each in range(1000))
+            offers = ", ".join(f"e{number}; p{each}" for each in range(500))
+            event = fed(
+                upgrade(
+                    f"Sec-WebSocket-Protocol: {long}",
+                    f"Sec-WebSocket-Extensions: {offers}",
+                    f"Connection: {long}",
+                ),
+                Limits(header_block=2**16),
+            )
+            assert isinstance(event, UpgradeRequested)
+
+    shake(1)
+    tracemalloc.start()
+    try:
+        shake(10)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 50_000
+
+
+@pytest.mark.parametrize(
+    "line", ["GET / HTTP/1.1\r\nHost: a\r\nbad\r\n\r\n", "G\x00 / HTTP/9\r\n\r\n"]
+)
+def test_a_malformed_request_leaves_nothing_to_the_collector(line: str) -> None:
+    def shake(count: int) -> None:
+        for _ in range(count):
+            assert isinstance(fed(line.encode()), Refused)
+
+    shake(1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        shake(10)
+        assert len(gc.get_objects()) <= before + 1
+    finally:
+        gc.enable()
