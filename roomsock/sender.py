@@ -291,7 +291,8 @@ class Sender:
             self.flush()
 
     def send(self, opcode: int, payload: bytes) -> Pace:
-        """Queue a message for this client alone; see `queue_kept`."""
+        """Queue a message for this client alone, which no policy may drop. To await what is
+        returned is to wait while the outbox is high, or it is others' turn."""
         deflater = self.deflater
         length = len(payload)
         if deflater is not None and length >= deflater.threshold:
