@@ -43,7 +43,7 @@ from .protocol.handshake import (
 )
 from .receiver import Receiver
 from .rooms import NO_WAIT, Pace
-from .sender import LET_OTHERS, TURN_SENDS, Sender
+from .sender import LET_OTHERS, TURN_MESSAGES, Sender
 from .signatures import Role
 from .transport import Transport
 from .websocket import WebSocket
@@ -365,7 +365,7 @@ class Driver:
         try:
             if not self.accepted:
                 self._rearm()  # the opening is over
-            if self.recipient.blocked:
+            if self.recipient.blocked:  # else no coroutine, of the few that an end needs
                 await self.recipient.flushed()
             if conn is not None and receiver is not None:
                 while not conn.close_received and not self.is_gone():
@@ -486,7 +486,7 @@ class Driver:
         if self._early is None:
             self._early = []
         self._early.append(encode_frame(opcode, payload))
-        return NO_WAIT if len(self._early) < TURN_SENDS else LET_OTHERS
+        return NO_WAIT if len(self._early) < TURN_MESSAGES else LET_OTHERS
 
     # Link: ending
 

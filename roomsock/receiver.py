@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint
 
 from .protocol.connection import Connection
 from .protocol.events import Failed, PeerClosed, PeerLost, PongReceived
-from .sender import Sender
+from .sender import TURN_MESSAGES, Sender
 from .transport import Transport
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("roomsock")
 
-#: A connection's task lets the others have their turn after so many messages, or seconds.
-TURN_MESSAGES = 64
+#: The turn of a connection's task is over after so many seconds, or `TURN_MESSAGES`.
 TURN_SECONDS = 0.005
 
 

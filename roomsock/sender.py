@@ -32,8 +32,9 @@ logger = logging.getLogger("roomsock")
 JOIN_BYTES = 64 * 1024
 JOIN_FRAMES = 256
 
-#: Who awaits its sends lets others have their turn after so many in a tick.
-TURN_SENDS = 64
+#: A connection's task lets the others have their turn after so many messages handled, or sends
+#: that were awaited.
+TURN_MESSAGES = 64
 
 #: The pace of who can send no more.
 LET_OTHERS = Pace(checkpoint)
@@ -282,7 +283,7 @@ class Sender:
         frames = batch.frames  # `append` without the call, which is a quarter of a joined frame
         frames.append(frame)
         batch.size += len(frame)
-        if batch.size >= JOIN_BYTES or len(frames) >= TURN_SENDS:
+        if batch.size >= JOIN_BYTES or len(frames) >= TURN_MESSAGES:
             self._end_turn(batch)
 
     def _end_turn(self, batch: Batch) -> None:
@@ -309,7 +310,7 @@ class Sender:
             else:
                 frames = batch.frames
                 frames.append(frame)  # too small to matter for JOIN_BYTES
-                if len(frames) >= TURN_SENDS:
+                if len(frames) >= TURN_MESSAGES:
                     self._end_turn(batch)
         return self._pace
 
@@ -438,7 +439,7 @@ class Sender:
         """Wait for what a send is to wait for: others' turn, or a high outbox. What the kernel
         refused is no reason yet: a burst below the high-water mark stays one burst."""
         self._paced += 1
-        if not self.blocked or self.is_high or self._paced >= TURN_SENDS:
+        if not self.blocked or self.is_high or self._paced >= TURN_MESSAGES:
             await self.wait_low()
 
     async def flushed(self) -> None:

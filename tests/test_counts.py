@@ -29,7 +29,8 @@ import roomsock
 from roomsock import App, Compression, WebSocket
 from roomsock.driver import Driver
 from roomsock.protocol.outbox import Outbox
-from roomsock.receiver import TURN_MESSAGES, Receiver
+from roomsock.receiver import Receiver
+from roomsock.sender import TURN_MESSAGES
 from roomsock.server import ROUND, Server
 from roomsock.transport import Watch
 

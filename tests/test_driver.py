@@ -50,7 +50,7 @@ from roomsock import (
     WebSocket,
 )
 from roomsock.limits import KIB, MIB
-from roomsock.sender import TURN_SENDS
+from roomsock.sender import TURN_MESSAGES
 from roomsock.server import Server
 from roomsock.transport import SocketTransport
 
@@ -2333,13 +2333,13 @@ async def test_who_awaits_what_it_sends_before_the_acceptance_lets_others_have_t
     async def greet(ws: WebSocket) -> None:
         async with anyio.create_task_group() as tg:
             tg.start_soon(others)
-            for number in range(6 * TURN_SENDS):
+            for number in range(6 * TURN_MESSAGES):
                 await ws.send_text(str(number))
             tg.cancel_scope.cancel()
 
     app.add_on_message("/r", lambda ws, message: None)
     async with served(app) as server, connected(server, "/r") as client:
-        for number in range(6 * TURN_SENDS):
+        for number in range(6 * TURN_MESSAGES):
             assert await client.receive() == str(number)
         await client.close()
     assert turns >= 3

@@ -29,8 +29,8 @@ from roomsock.protocol.connection import STEP_FRAMES, STEP_INFLATED, Connection
 from roomsock.protocol.deflate import Agreement
 from roomsock.protocol.events import Failed, PeerClosed, PeerLost
 from roomsock.protocol.frames import PONG, encode_frame
-from roomsock.receiver import TURN_MESSAGES, TURN_SECONDS, Receiver
-from roomsock.sender import Flusher
+from roomsock.receiver import TURN_SECONDS, Receiver
+from roomsock.sender import TURN_MESSAGES, Flusher
 
 from . import contract
 from .client import PATIENCE, connected

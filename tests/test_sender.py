@@ -35,7 +35,7 @@ from roomsock.protocol.deflate import Agreement, Compression, Deflater
 from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame, frame_size
 from roomsock.protocol.outbox import CHUNK, SlowConsumers
 from roomsock.rooms import NO_WAIT, Everyone, Registry, Room
-from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, TURN_SENDS, Flusher, Sender
+from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, TURN_MESSAGES, Flusher, Sender
 from roomsock.server import ROUND, Server
 
 from .client import PATIENCE, Client, connected, open_stream, upgrade_request
@@ -575,7 +575,7 @@ async def test_who_awaits_its_sends_lets_others_have_their_turn(
             awaited += 1
             for _ in range(unawaited):
                 unit.sender.send(BINARY, b"x" * size)
-        assert awaited <= TURN_SENDS + 1
+        assert awaited <= TURN_MESSAGES + 1
         await pace
         unit.ticks.end()
     if kernel == "takes all":
@@ -599,7 +599,7 @@ async def test_who_awaits_its_sends_goes_on_at_once_below_the_high_water_mark() 
 
 async def test_who_awaits_its_sends_below_the_mark_lets_others_have_their_turn() -> None:
     unit = Unit(high_water=KIB * KIB).blocked()
-    for _ in range(TURN_SENDS - 1):
+    for _ in range(TURN_MESSAGES - 1):
         pace: Any = unit.sender.send(BINARY, b"x")
         assert list(pace.__await__()) == []
     pace = unit.sender.send(BINARY, b"x")
