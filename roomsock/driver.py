@@ -41,7 +41,7 @@ from .protocol.handshake import (
     UpgradeRequested,
     allowed_origin,
 )
-from .receiver import Receiver
+from .receiver import READING, Receiver
 from .rooms import NO_WAIT, Pace
 from .sender import LET_OTHERS, TURN_MESSAGES, Sender
 from .signatures import Role
@@ -222,9 +222,10 @@ class Driver:
         event = None
         while event is None:
             data = await self._transport.receive()
-            if data is None:
+            if self.is_gone():
                 return PeerGone()
-            event = handshake.receive_data(data)
+            if data is not None:
+                event = handshake.receive_data(data)
         if isinstance(event, (UpgradeRequested, RequestReceived)):
             self._server.identify(self, event.request)
             if self.is_gone():
@@ -384,7 +385,7 @@ class Driver:
     @property
     def reading(self) -> bool:
         """Whether the connection's own task waits for input."""
-        return self._receiver is not None and self._receiver.reading
+        return self._receiver is not None and self._receiver.state == READING
 
     def is_gone(self) -> bool:
         """Whether the socket is closed."""
@@ -700,7 +701,7 @@ class Driver:
         receiver = self._receiver
         if self.recipient.blocked or (receiver is not None and not receiver.is_read):
             self._check_progress(now)
-        if receiver is None or receiver.reading or self.is_gone():
+        if receiver is None or receiver.state == READING or self.is_gone():
             return
         if receiver.ending is not None:
             self._answer_ending(now - receiver.ending_at)

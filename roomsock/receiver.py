@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Generator
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from types import coroutine
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from anyio.lowlevel import checkpoint
 
 from .protocol.connection import Connection
-from .protocol.events import Failed, PeerClosed, PeerLost, PongReceived
+from .protocol.events import Event, Failed, PeerClosed, PeerLost, PongReceived
 from .sender import TURN_MESSAGES, Sender
 from .transport import Transport
 
@@ -28,6 +30,9 @@ logger = logging.getLogger("roomsock")
 
 #: The turn of a connection's task is over after so many seconds, or `TURN_MESSAGES`.
 TURN_SECONDS = 0.005
+
+#: What the connection's own task does: it receives, or it waits for input.
+RECEIVING, READING = 1, 2
 
 
 #: The inbox of who never sent anything: an empty deque of its own would cost 0.7 KiB.
@@ -57,13 +62,13 @@ class Receiver:
         inbox: Messages that nobody has asked for yet.
         ending: What the peer did to end the connection, while what came before is handled.
         ending_at: When that was noticed.
-        reading: The connection's own task waits for input.
+        state: What the connection's own task does: nothing here, `RECEIVING`, or `READING`.
     """
 
     __slots__ = (
-        "_conn", "_fed", "_flusher", "_handed_back", "_helping", "_owner", "_reads", "_reads_seen",
-        "_receiving", "_sender", "_server", "_stopped", "_transport", "_turn", "_turn_ends",
-        "ending", "ending_at", "inbox", "reading",
+        "_conn", "_fed", "_flusher", "_handed_back", "_has_read", "_helping", "_owner", "_pending",
+        "_sender", "_server", "_stopped", "_transport", "_turn", "_turn_ends", "ending",
+        "ending_at", "inbox", "state",
     )  # fmt: skip
 
     def __init__(
@@ -82,13 +87,12 @@ class Receiver:
         self._flusher = server.flusher
         self.inbox = _EMPTY
         self._fed = 0  # raw bytes since the connection's own task last read
-        self._receiving = False
+        self.state = 0
+        self._pending = False  # there is something to do before the next read
         self._stopped = False
         self._turn = 0
         self._turn_ends = 0.0
-        self.reading = False
-        self._reads = 0
-        self._reads_seen = 0
+        self._has_read = False  # since the last round of housekeeping
         self._helping = False  # a read-ahead task owns reading
         self._handed_back: anyio.Event | None = None  # set when that task gives it back
         self.ending: PeerClosed | Failed | PeerLost | None = None
@@ -97,7 +101,7 @@ class Receiver:
     @property
     def is_read(self) -> bool:
         """Whether somebody takes what the peer sends; if not, its silence proves nothing."""
-        return self._receiving or self._helping
+        return self.state != 0 or self._helping
 
     # `Incoming`: hot, once for every message
 
@@ -113,43 +117,57 @@ class Receiver:
         self._flusher.backlog = True if inbox else self._conn.has_more
         return message
 
-    async def receive(self) -> str | bytes:
+    @coroutine
+    def receive(self) -> Generator[Any, Any, str | bytes]:
         """The next message; raises `ConnectionClosed` behind the last."""
-        if self._receiving:
+        if self.state:
             raise RuntimeError("another task is receiving on this connection")
-        self._receiving = True
+        message: str | bytes | None
+        conn, transport = self._conn, self._transport
         try:
             while True:
-                if self.inbox:
+                if self._pending:
+                    self.state = RECEIVING
                     if (message := self.take()) is not None:
                         return message
-                    await checkpoint()
+                    yield from self._prepare().__await__()
+                    continue
+                # `read` and `take` again, without these calls for every message
+                self._has_read = True
+                self.state = READING
+                data = transport.read((yield transport.sleep()))
+                if data is None:
+                    continue
+                events: Any = conn.receive_data(data, self._server.now)
+                self._fed = len(data) + conn.inflated
+                if self._pending or not conn.only_messages:
                     self._begin_turn()
-                elif self._stopped:
-                    self._owner.check_open()
-                elif self.ending is not None:
-                    self._owner.apply_ending()
-                elif self._helping or self._conn.has_more:
-                    await self.read()
-                else:  # `read` and `take` again, without these calls for every message
-                    self._fed = 0
-                    self._reads += 1
-                    self.reading = True
-                    data = await self._transport.receive()
-                    self.reading = False
-                    if data is None:
-                        continue
-                    self._turn_ends = monotonic() + TURN_SECONDS
-                    self._turn = 0
-                    self.feed(data)
-                    inbox = self.inbox
-                    if inbox:
-                        self._turn = 1
-                        message = inbox.popleft()
-                        self._flusher.backlog = True if inbox else self._conn.has_more
-                        return message
+                    self._take_in(events)
+                    continue
+                message = events.pop(0)
+                if events or conn.has_more:
+                    self._begin_turn()
+                    self._turn = 1
+                    self.inbox = deque(events)
+                    self._pending = True
+                self._flusher.backlog = self._pending
+                return message
         finally:
-            self._receiving = self.reading = False
+            self.state = 0
+
+    async def _prepare(self) -> None:
+        """Do one thing that is due before the next read, if anything is."""
+        if self.inbox:
+            await checkpoint()
+            self._begin_turn()
+        elif self._stopped:
+            self._owner.check_open()
+        elif self.ending is not None:
+            self._owner.apply_ending()
+        elif self._helping or self._conn.has_more:
+            await self.read()
+        else:
+            self._pending = False
 
     def _begin_turn(self) -> None:
         self._turn = 0
@@ -163,17 +181,13 @@ class Receiver:
             await self.take_over()
             return
         self._fed = 0
-        self._reads += 1
+        self._has_read = True
         if self._conn.has_more:
             await checkpoint()
             self._begin_turn()
             self.feed(None)
             return
-        self.reading = True
-        try:
-            data = await self._transport.receive()
-        finally:
-            self.reading = False
+        data = await self._transport.receive()
         if data is not None:
             self._begin_turn()
             self.feed(data)
@@ -189,7 +203,7 @@ class Receiver:
     def stop(self, *, discard: bool) -> None:
         """It is decided how the connection ends: whoever waits for input is woken, what still
         comes is no message any more, and what is in the inbox may be discarded."""
-        self._stopped = True
+        self._stopped = self._pending = True
         if discard:
             self.inbox.clear()
         if self.is_read:
@@ -197,12 +211,12 @@ class Receiver:
 
     def help_if_busy(self) -> None:
         """Have a task read ahead if the handler was busy for a whole round of housekeeping."""
-        if self._reads != self._reads_seen:
-            self._reads_seen = self._reads
+        if self._has_read:
+            self._has_read = False
         elif self._helping:
             pass
         elif self._fed < self._server.app.limits.read_ahead:
-            self._helping = True
+            self._helping = self._pending = True
             self._server.spawn(self._read_ahead)
         elif self._transport.is_broken():  # or a client that is gone would stay for ever
             self.lose()
@@ -210,6 +224,7 @@ class Receiver:
     def lose(self) -> None:
         """The peer is gone, although nothing was read that says so."""
         if self.ending is None:
+            self._pending = True
             self.ending = PeerLost()
             self.ending_at = self._server.clock.now()
 
@@ -245,11 +260,16 @@ class Receiver:
         else:
             events = conn.receive_data(data, self._server.now)
             self._fed += len(data) + conn.inflated
+        self._take_in(events)
+
+    def _take_in(self, events: list[Event]) -> None:
+        conn = self._conn
         if conn.due is not None:
             for frame in conn.data_to_send():
                 self._sender.queue_urgent(frame)
         if self._stopped:
             return
+        self._pending = True
         for event in events:
             if isinstance(event, (str, bytes)):
                 if self.inbox is _EMPTY:

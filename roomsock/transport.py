@@ -46,7 +46,15 @@ class Transport(Protocol):
         """Do what comes before the first byte (TLS); raises OSError or ssl.SSLError."""
 
     def receive(self) -> Awaitable[bytes | None]:
-        """Wait for bytes: ``b""`` at the end of the stream, None when `wake` or `close` came."""
+        """Wait for bytes: ``b""`` at the end of the stream, None when `wake` or `close` came, or
+        there is nothing after all."""
+
+    def sleep(self) -> object:
+        """What a task yields to its event loop to sleep until it has something to `read`: both
+        together are a `receive` without a coroutine of its own."""
+
+    def read(self, outcome: Any) -> bytes | None:
+        """What there is, for who has slept and went on with this outcome; see `receive`."""
 
     def send(self, data: bytes) -> int:
         """Hand bytes to the kernel without waiting; how many were taken. Raises OSError."""
@@ -173,7 +181,7 @@ class SocketTransport:
     """A plain TCP or unix socket; how a task waits for it, and goes on, is the event loops'
     difference."""
 
-    __slots__ = ("_closed", "_registered", "_sock", "_waiter", "_watch", "_writing")
+    __slots__ = ("_registered", "_sock", "_waiter", "_watch", "_writing", "closed")
 
     unsent = 0
 
@@ -182,15 +190,31 @@ class SocketTransport:
         self._watch = watch
         self._registered = False
         self._waiter: Any = None  # what goes on when there is something
-        self._closed = False
+        self.closed = False
         self._writing = False  # somebody waits, or has waited, to write
 
     async def handshake(self) -> None:
         """Nothing comes before the first byte."""
 
-    def receive(self) -> Awaitable[bytes | None]:
+    @coroutine
+    def receive(self) -> Generator[Any, Any, bytes | None]:
+        """See `Transport`."""
+        if self.closed:
+            return None
+        return self.read((yield self.sleep()))
+
+    def sleep(self) -> object:
         """See `Transport`."""
         raise NotImplementedError
+
+    def read(self, _outcome: Any) -> bytes | None:
+        """See `Transport`."""
+        try:
+            return self._sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:  # reset by the peer: an end like any other
+            return None if self.closed else b""
 
     def _readable(self) -> None:
         """Have who waits go on. If nobody does, leave the bytes to the kernel, which holds the peer
@@ -198,6 +222,9 @@ class SocketTransport:
         raise NotImplementedError
 
     def _register(self) -> None:
+        if self.closed:  # nothing will come
+            self.wake_soon()
+            return
         self._registered = True
         self._watch.add(self._sock.fileno(), self._readable)
 
@@ -217,7 +244,7 @@ class SocketTransport:
         """See `Transport`."""
         self._writing = True
         try:
-            while not self._closed:
+            while not self.closed:
                 with suppress(anyio.ClosedResourceError):  # `close` ends the wait
                     await anyio.wait_writable(self._sock)
                     break
@@ -247,12 +274,16 @@ class SocketTransport:
         """See `Transport`."""
         raise NotImplementedError
 
+    def wake_soon(self) -> None:
+        """`wake` who is about to sleep."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """See `Transport`. Readers and writers go first: a loop that still watched the number
         would keep the peer from seeing the end, or be deaf on the next socket with it."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         self._unregister()
         self.wake()
         self._waiter = None  # who keeps the connection must not keep its task
@@ -276,7 +307,7 @@ class AsyncioTransport(SocketTransport):
         get_loop: See ``asyncio.Future``.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_context", "_data", "get_loop", "result")
+    __slots__ = ("_asyncio_future_blocking", "_context", "get_loop", "result")
 
     def __init__(
         self, sock: socket.socket, watch: Watch, get_loop: Callable[[], asyncio.AbstractEventLoop]
@@ -285,43 +316,37 @@ class AsyncioTransport(SocketTransport):
         self.get_loop = get_loop
         self.result: Callable[[], None] = _no_result
         self._asyncio_future_blocking = False
-        self._data: bytes | None = None  # with what who waits goes on
-        self._context: Context | None = None  # of who waits
+        self._context: Any = None  # of who waits
 
-    @coroutine
-    def receive(self) -> Generator[Any, None, bytes | None]:
+    def sleep(self) -> object:
         """See `Transport`."""
-        if self._closed:
-            return None
         if not self._registered:
             self._register()
         self._asyncio_future_blocking = True
-        try:
-            yield self
-        finally:
-            self._waiter = self._context = None
-        data, self._data = self._data, None
-        return data
+        return self
 
     def _readable(self) -> None:
-        if self._waiter is None:
+        resume = self._waiter
+        if resume is None:
             self._unregister()
-            return
-        try:
-            self._data = self._sock.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:  # reset by the peer: an end like any other
-            self._data = b""
-        resume, self._waiter = self._waiter, None
-        assert self._context is not None
-        self._context.run(resume, self)
+        else:
+            self._waiter = None
+            self._context.run(resume, self)
 
     def wake(self) -> None:
         """See `Transport`."""
         if self._waiter is not None:  # not at once: another task may be running
             self.get_loop().call_soon(self._waiter, self, context=self._context)
             self._waiter = None
+
+    def wake_soon(self) -> None:
+        """See `SocketTransport`."""
+        self.get_loop().call_soon(self.wake)
+
+    def close(self) -> None:
+        """See `Transport`."""
+        super().close()
+        self._context = None  # it keeps what a waiter has left there
 
     # What a task asks of the future that it waits for
 
@@ -364,26 +389,26 @@ class TrioTransport(SocketTransport):
         super().__init__(sock, loop.watch)
         self._loop = loop
 
-    @coroutine
-    def receive(self) -> Generator[Any, Any, bytes | None]:
+    def sleep(self) -> object:
         """See `Transport`."""
+        if not self._registered:
+            self._register()
         loop = self._loop
-        while not self._closed:
-            if not self._registered:
-                self._register()
-            self._waiter = task = loop.lowlevel.current_task()
-            task.custom_sleep_data = self  # trio clears it when it has the task go on
-            outcome = yield loop.sleep
-            if outcome is not loop.has_input:
-                outcome.unwrap()  # raises what it is cancelled by
-                return None
-            try:
-                return self._sock.recv(READ_SIZE)
-            except (BlockingIOError, InterruptedError):
-                pass
-            except OSError:  # reset by the peer: an end like any other
-                return None if self._closed else b""
-        return None
+        self._waiter = task = loop.lowlevel.current_task()
+        task.custom_sleep_data = self  # trio clears it when it has the task go on
+        return loop.sleep
+
+    def read(self, outcome: Any) -> bytes | None:
+        """See `Transport`."""
+        if outcome is not self._loop.has_input:
+            outcome.unwrap()  # raises what it is cancelled by
+            return None
+        try:  # not by `super`, which takes as long as all the rest of this
+            return self._sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return None if self.closed else b""
 
     def _readable(self) -> None:
         task, loop = self._waiter, self._loop
@@ -397,6 +422,10 @@ class TrioTransport(SocketTransport):
         task = self._waiter
         if task is not None and task.custom_sleep_data is self:
             self._loop.lowlevel.reschedule(task)
+
+    def wake_soon(self) -> None:
+        """See `SocketTransport`."""
+        self._loop.call_soon(self.wake)
 
 
 class TLSTransport:
@@ -425,9 +454,9 @@ class TLSTransport:
             except ssl.SSLWantReadError:
                 await self._flush_all()
                 data = await self._raw.receive()
-                if not data:
+                if data == b"" or self._raw.closed:
                     raise ConnectionResetError("closed during the TLS handshake") from None
-                self._cipher_in.write(data)
+                self._cipher_in.write(data or b"")
             except ssl.SSLError:
                 self._flush()  # the alert that tells the peer why
                 raise
@@ -441,11 +470,28 @@ class TLSTransport:
             data = await self._raw.receive()
             if data is None:
                 return None
-            if data:
-                self._cipher_in.write(data)
-            else:
-                self._cipher_in.write_eof()
+            self._take_in(data)
         return plain
+
+    def sleep(self) -> object:
+        """See `Transport`."""
+        if self._eof:  # it came together with the last bytes
+            self._raw.wake_soon()
+        return self._raw.sleep()
+
+    def read(self, outcome: Any) -> bytes | None:
+        """See `Transport`."""
+        data = self._raw.read(outcome)
+        if data is not None:
+            self._take_in(data)
+        plain = self._decrypt()
+        return plain if plain or self._eof else None
+
+    def _take_in(self, data: bytes) -> None:
+        if data:
+            self._cipher_in.write(data)
+        else:
+            self._cipher_in.write_eof()
 
     def _decrypt(self) -> bytes:
         """All that can be read now: no readiness event will come for what stays in memory."""

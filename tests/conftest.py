@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import anyio
 import pytest
 import trustme
+
+from roomsock.transport import EventLoop, running_event_loop
 
 LOOPS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
@@ -29,3 +34,23 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(theirs)
     return ours, theirs
+
+
+@pytest.fixture
+def sockets() -> Iterator[list[socket.socket]]:
+    """Sockets to close behind the test."""
+    opened: list[socket.socket] = []
+    yield opened
+    for sock in opened:
+        sock.close()
+
+
+@pytest.fixture
+async def loop() -> AsyncIterator[EventLoop]:
+    """The event loop of a server that runs."""
+    loop = running_event_loop()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(loop.run)
+        await anyio.wait_all_tasks_blocked()
+        yield loop
+        tg.cancel_scope.cancel()

@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import tracemalloc
+import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+import msgspec
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -34,7 +36,7 @@ from roomsock.sender import TURN_MESSAGES
 from roomsock.server import ROUND, Server
 from roomsock.transport import Watch
 
-from .client import PATIENCE, upgrade_request
+from .client import PATIENCE, connected, upgrade_request
 from .clock import FakeClock, settled
 from .conftest import LOOPS
 from .contract import close, served, text, until
@@ -417,6 +419,28 @@ async def test_an_idle_connection_keeps_nothing_that_only_others_need() -> None:
     modules = {kind.__module__.partition(".")[0] for kind in kinds}
     assert modules.isdisjoint(("h11", "wsproto", "_io", "zlib")), kinds
     assert len(queues) < 10, "queues that are empty are shared"
+
+
+class Note(msgspec.Struct, weakref=True):
+    text: str
+
+
+async def test_an_idle_connection_does_not_keep_its_last_message() -> None:
+    app = App()
+    notes: list[weakref.ref[Note]] = []
+
+    @app.on_json("/r")
+    async def take(ws: WebSocket, message: Note) -> None:
+        notes.append(weakref.ref(message))
+        ws.send_text("taken")
+
+    note = text('{"text": "hello"}')
+    async with served(app) as server, connected(server, "/r") as client:
+        for number in (1, 2):
+            await client.stream.send(note * number)
+            assert [await client.receive() for _ in range(number)] == ["taken"] * number
+            await settled()
+            assert [each() for each in notes] == [None] * len(notes)
 
 
 # A message

@@ -76,7 +76,7 @@ MEMBERS = {
 
 #: In lines of code. 700 of them came with what strangers make necessary: bounded inflation, trusted
 #: proxies, a handshake checked in full; 150 with being fast.
-MOST_CODE = 5_150
+MOST_CODE = 5_250
 LONGEST_FUNCTION = 60
 
 

@@ -6,9 +6,11 @@ says about receiving, on real sockets and all event loops.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from itertools import pairwise
+from types import coroutine
 from typing import Any
 
 import anyio
@@ -29,8 +31,9 @@ from roomsock.protocol.connection import STEP_FRAMES, STEP_INFLATED, Connection
 from roomsock.protocol.deflate import Agreement
 from roomsock.protocol.events import Failed, PeerClosed, PeerLost
 from roomsock.protocol.frames import PONG, encode_frame
-from roomsock.receiver import TURN_SECONDS, Receiver
+from roomsock.receiver import READING, TURN_SECONDS, Receiver
 from roomsock.sender import TURN_MESSAGES, Flusher
+from roomsock.transport import EventLoop, SocketTransport
 
 from . import contract
 from .client import PATIENCE, connected
@@ -58,39 +61,38 @@ nothing_else_is_logged = contract.nothing_else_is_logged
 
 
 class Wire:
-    """A transport of which the test says what arrives, and that one task at a time may read."""
+    """A transport of which the test says what arrives; how it waits is the event loop's."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: SocketTransport) -> None:
+        self._raw = raw
         self.script: deque[bytes | OSError] = deque()
         self.reads = 0
         self.wakes = 0
         self.broken = False
-        self._woken: anyio.Event | None = None
 
     def arrive(self, *items: bytes | OSError) -> None:
         self.script.extend(items)
-        if self._woken is not None:
-            self._woken.set()
+        self._raw.wake()
 
     def is_broken(self) -> bool:
         return self.broken
 
     def wake(self) -> None:
         self.wakes += 1
-        if self._woken is not None:
-            self._woken.set()
+        self._raw.wake()
 
-    async def receive(self) -> bytes | None:
-        assert self._woken is None, "two tasks read"
+    @coroutine
+    def receive(self) -> Generator[Any, Any, bytes | None]:
+        return self.read((yield self.sleep()))
+
+    def sleep(self) -> object:
         self.reads += 1
-        self._woken = anyio.Event()
         if self.script:
-            self._woken.set()
-        try:
-            await self._woken.wait()
-            await checkpoint()
-        finally:
-            self._woken = None
+            self._raw.wake_soon()
+        return self._raw.sleep()
+
+    def read(self, outcome: Any) -> bytes | None:
+        assert self._raw.read(outcome) is None
         if not self.script:
             return None
         item = self.script.popleft()
@@ -152,10 +154,12 @@ class WayOut:
 class Unit:
     """A receiver among fakes; `seconds` is what it takes for the time of its turns."""
 
-    def __init__(self, agreement: Agreement | None = None, **limits: int) -> None:
+    def __init__(
+        self, raw: SocketTransport, agreement: Agreement | None = None, **limits: int
+    ) -> None:
         self.seconds = 1000.0
         self.clock = FakeClock()
-        self.wire = Wire()
+        self.wire = Wire(raw)
         self.owner = Owner()
         self.sender = WayOut()
         self.house = House(self.clock, Limits(**limits))
@@ -185,11 +189,16 @@ class Unit:
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Unit]:
+def make(
+    monkeypatch: pytest.MonkeyPatch, loop: EventLoop, sockets: list[socket.socket]
+) -> Callable[..., Unit]:
     """Makes a unit with these limits."""
 
     def make(**options: Any) -> Unit:
-        unit = Unit(**options)
+        pair = socket.socketpair()
+        sockets.extend(pair)
+        pair[0].setblocking(False)
+        unit = Unit(loop.transport(pair[0]), **options)
         monkeypatch.setattr("roomsock.receiver.monotonic", lambda: unit.seconds)
         return unit
 
@@ -324,7 +333,7 @@ async def test_an_error_of_the_transport_is_raised_and_costs_no_state(
     unit.wire.arrive(OSError("unplugged"), text("1"))
     with pytest.raises(OSError, match="unplugged"):
         await unit.receive()
-    assert not unit.receiver.reading
+    assert unit.receiver.state != READING
     assert await unit.receive() == "1"
 
 
@@ -443,12 +452,12 @@ async def test_what_was_read_ahead_is_received_first_and_reading_comes_back(
         assert list(unit.receiver.inbox) == ["1", "2"]
         assert [await unit.receive(), await unit.receive()] == ["1", "2"]
         assert unit.receiver.is_read
-        assert not unit.receiver.reading
+        assert unit.receiver.state != READING
         assert unit.wire.wakes == 0
         tg.start_soon(unit.receive)
         await settled()
         assert unit.wire.wakes == 1
-        assert unit.receiver.reading
+        assert unit.receiver.state == READING
         await settled()
         unit.wire.arrive(text("3"))
 

@@ -77,7 +77,7 @@ class Connection:
         "_agreement", "_begun", "_chunks", "_collect", "_compressed", "_in_message", "_inflater",
         "_keepalive", "_limits", "_message_fragments", "_message_since", "_message_size", "_ping",
         "_rate_budget", "_rate_since", "_remaining", "_tail", "_wsproto", "close_received",
-        "close_sent", "due", "has_more", "inflated",
+        "close_sent", "due", "has_more", "inflated", "only_messages",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +103,8 @@ class Connection:
 
         #: There is input that was not looked at yet: call `receive_more` before `receive_data`.
         self.has_more = False
+        #: What the last step returned are messages, at least one, and nothing is due.
+        self.only_messages = False
         #: Bytes that the last step has inflated, and what takes as long.
         self.inflated = 0
 
@@ -132,6 +134,7 @@ class Connection:
             while `has_more`.
         """
         events: list[Event] = []
+        self.only_messages = False
         if not data:
             if not self.close_received:
                 events.append(PeerLost())
@@ -150,6 +153,8 @@ class Connection:
         position = 0 if self._begun else self._take_whole_frames(data, 0, len(data), events)
         if position < len(data):
             self._parse(data, position, events, now)
+        elif events and self._rate_budget == inf and not self.close_received:
+            self.only_messages = True
         if self._inflater is not None:
             self.inflated = self._inflater.inflated
         if self._rate_budget != inf:
