@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import CoroutineType
 from typing import Any, Literal
 
@@ -157,42 +158,44 @@ class Dispatcher:
         arguments = handler.arguments(ws.params)
         if handler.wants_error:
             arguments = {**arguments, "error": None}
+        if arguments:
+            function = partial(function, **arguments)
         decode = endpoint.decoder.decode if endpoint.decoder is not None else None
         takes = endpoint.takes
         incoming = link.incoming
-        take, receive = incoming.take, incoming.receive
+        receive = incoming.receive
         while True:
-            message: Any = take() if incoming.inbox else None
-            if message is None:
-                message = await receive()
-            if decode is not None:
-                try:
-                    message = decode(message)
-                except InvalidMessage as error:
-                    if endpoint.invalid == "close":
-                        link.fail(error.code, error.reason, error)
-                    else:
-                        await self.tell_error(ws, endpoint, error)
+            first = message = None  # who waits must not keep the last one
+            first = await receive()
+            for message in incoming.turn(first) if incoming.inbox else (first,):
+                if decode is not None:
+                    try:
+                        message = decode(message)
+                    except InvalidMessage as error:
+                        if endpoint.invalid == "close":
+                            link.fail(error.code, error.reason, error)
+                        else:
+                            await self.tell_error(ws, endpoint, error)
+                        continue
+                elif type(message) not in takes:
+                    expected = " or ".join(sorted(_KINDS[kind] for kind in takes))
+                    link.fail(CloseCode.UNSUPPORTED_DATA, f"{expected} expected", None)
                     continue
-            elif type(message) not in takes:
-                expected = " or ".join(sorted(_KINDS[kind] for kind in takes))
-                link.fail(CloseCode.UNSUPPORTED_DATA, f"{expected} expected", None)
-                continue
-            # `Endpoint.run`, without its two coroutines for every message; the first comparison
-            # spares what an `async def` returns the second, which takes 0.1 us.
-            try:
-                result = function(ws, message, **arguments) if arguments else function(ws, message)
-                if result is not None:
-                    if type(result) is CoroutineType or _is_awaitable(result):
-                        result = await result
+                # `Endpoint.run`, without its two coroutines for every message; the first comparison
+                # spares what an `async def` returns the second, which takes 0.1 us.
+                try:
+                    result = function(ws, message)
                     if result is not None:
-                        endpoint.report_return(handler, result)
-            except Exception as error:
-                # Who cannot reply any more must still see the messages that came before the end:
-                # receiving raises behind the last of them.
-                if not _is_own_end(error, ws):
-                    raise
-                logger.debug("%a: %s ended with %r", ws.path, handler.location, error)
+                        if type(result) is CoroutineType or _is_awaitable(result):
+                            result = await result
+                        if result is not None:
+                            endpoint.report_return(handler, result)
+                except Exception as error:
+                    # Who cannot reply any more must still see the messages that came before the
+                    # end: receiving raises behind the last of them.
+                    if not _is_own_end(error, ws):
+                        raise
+                    logger.debug("%a: %s ended with %r", ws.path, handler.location, error)
 
     def failed(self, ws: WebSocket, link: Link, where: str, error: Exception) -> None:
         """A handler raised: that costs its own connection, unless it only met that one's end.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from time import monotonic
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +34,7 @@ TURN_SECONDS = 0.005
 #: What the connection's own task does: it receives, or it waits for input.
 RECEIVING, READING = 1, 2
 
+_MORE = range(1, TURN_MESSAGES)
 
 #: The inbox of who never sent anything: an empty deque of its own would cost 0.7 KiB.
 _EMPTY: deque[str | bytes] = deque(maxlen=0)
@@ -168,6 +169,21 @@ class Receiver:
             await self.read()
         else:
             self._pending = False
+
+    def turn(self, first: str | bytes) -> Iterator[str | bytes]:
+        """This message, and those behind it that are due in the same turn."""
+        yield first
+        # `take` for each of them, without the call
+        inbox, conn, flusher, ends = self.inbox, self._conn, self._flusher, self._turn_ends
+        for _ in _MORE:
+            if not inbox:
+                return
+            if monotonic() > ends:
+                break
+            message = inbox.popleft()
+            flusher.backlog = True if inbox else conn.has_more
+            yield message
+        self._turn = TURN_MESSAGES
 
     def _begin_turn(self) -> None:
         self._turn = 0

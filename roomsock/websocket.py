@@ -41,8 +41,8 @@ class Incoming(Protocol):
     def inbox(self) -> Sized:
         """What has already arrived."""
 
-    def take(self) -> str | bytes | None:
-        """The next of it, if any; None also when it is the turn of others."""
+    def turn(self, first: str | bytes) -> Iterable[str | bytes]:
+        """What was received, and what of the inbox is due before it is the turn of others."""
 
     async def receive(self) -> str | bytes:
         """The next message; raises `ConnectionClosed` behind the last."""

@@ -6,7 +6,7 @@ For tests of the application's side, which waits through these and knows no even
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from roomsock.errors import (
@@ -57,7 +57,7 @@ class FakeLink:
 
     Args:
         messages: What `receive` yields.
-        arrived: What `take` yields, before all of `messages`.
+        arrived: What has arrived already, before all of `messages`.
         accepted: Whether the connection is open already.
         end: How the client ends the connection.
     """
@@ -120,8 +120,10 @@ class FakeLink:
     def inbox(self) -> deque[str | bytes]:
         return self.arrived
 
-    def take(self) -> str | bytes | None:
-        return self.arrived.popleft() if self.arrived else None
+    def turn(self, first: str | bytes) -> Iterator[str | bytes]:
+        yield first
+        while self.arrived:
+            yield self.arrived.popleft()
 
     async def receive(self) -> str | bytes:
         if self.arrived:
