@@ -41,6 +41,7 @@ async def is_reached(listener: socket.socket, address: Any = None) -> bool:
             await anyio.wait_readable(listener)
         accepted, _ = listener.accept()
         accepted.close()
+        assert (accepted.family, accepted.type) == (client.family, client.type)
     return not listener.getblocking()
 
 
