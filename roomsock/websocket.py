@@ -5,9 +5,9 @@ No I/O and no event loop in here: the driver gives each `WebSocket` a `Link` and
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, Sized
 from functools import lru_cache
+from os import urandom
 from threading import get_ident
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
@@ -113,7 +113,7 @@ class WebSocket:
         params: Mapping[str, Any],
         rooms_limit: int,
     ) -> None:
-        self.id = secrets.token_urlsafe(9)
+        self.id = urandom(8).hex()  # not by secrets: five calls for the same
         self.path = request.path
         self.params = params
         self.request = request

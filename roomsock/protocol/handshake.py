@@ -10,7 +10,7 @@ HTTP: RFC 9110 and 9112. The opening handshake: RFC 6455, section 4.2. Origins: 
 from __future__ import annotations
 
 import re
-from base64 import b64encode
+from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,9 +89,9 @@ _HOST = re.compile(
 )
 # Absolute form or origin form (RFC 9112, section 3.2), of visible ASCII; "#" never belongs there.
 _TARGET = re.compile(
-    rb'(?:https?://(%b)(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))(?:\?[!-"$-~]*)?' % _HOST.pattern,
-    re.IGNORECASE,
+    rb'(?:https?://(%b)(/[!-"$->@-~]*)?|(/[!-"$->@-~]*))' % _HOST.pattern, re.IGNORECASE
 )
+_QUERY = re.compile(rb'[!-"$-~]*')
 _BAD_ESCAPE = re.compile(rb"%(?:2f|(?![0-9a-f]{2}))", re.IGNORECASE)
 _BAD_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|/\.\.?(?:/|\Z)")
 
@@ -101,7 +101,7 @@ _ORIGIN = re.compile(
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # to freeze it would take as long as to make four
 class UpgradeRequested:
     """A correct WebSocket handshake: answer with ``accept()``, or ``respond()`` to refuse."""
 
@@ -353,9 +353,11 @@ class Handshake:
         path = decode_target(request.target)
         if path is None:
             return Refused(400, "malformed request: request target")
-        pairs = [(name.lower(), value) for name, value in request.headers.raw_items()]
-        fields = dict(pairs)
-        if len(fields) < len(pairs):  # what repeats a name is one list with it (RFC 9110, 5.3)
+        raw = request.headers.raw_items()
+        fields = {name.lower(): value for name, value in raw}
+        pairs: Iterable[tuple[bytes, bytes]] = fields.items()
+        if len(fields) < len(raw):  # what repeats a name is one list with it (RFC 9110, 5.3)
+            pairs = [(name.lower(), value) for name, value in raw]
             fields = {}
             for name, value in pairs:
                 fields[name] = fields[name] + b"," + value if name in fields else value
@@ -431,7 +433,7 @@ class Handshake:
         if self._compression is not None:
             self.agreement = negotiate(offers, self._compression)
         digest = sha1(key + _GUID, usedforsecurity=False).digest()
-        self._accept_key = b64encode(digest).decode()
+        self._accept_key = b2a_base64(digest, newline=False).decode()
         self._subprotocols = offered
         return UpgradeRequested(ours, offered)
 
@@ -552,14 +554,16 @@ def decode_target(target: bytes) -> str | None:
         or bytes with which several paths would be one room, or one path look like another
         (encoded slashes, backslashes, control characters, dot segments, bad escapes, no UTF-8).
     """
-    match = _TARGET.fullmatch(target)
-    if match is None:
-        return None
-    return _decode_path(match[2] or match[3] or b"/")
+    before, _, query = target.partition(b"?")
+    return _decode_path(before) if not query or _QUERY.fullmatch(query) else None
 
 
 @_remembered
-def _decode_path(raw: bytes) -> str | None:
+def _decode_path(target: bytes) -> str | None:
+    match = _TARGET.fullmatch(target)
+    if match is None:
+        return None
+    raw = match[2] or match[3] or b"/"
     if b"%" in raw:
         if _BAD_ESCAPE.search(raw):
             return None
@@ -586,12 +590,12 @@ def allowed_origin(request: Request, origins: Sequence[str] | Literal["*"] | Non
     Returns:
         None if it is allowed, otherwise one line of ASCII for the log.
     """
-    sent = request._getall("origin")
+    sent = request._getall(b"origin:")
     if origins == "*" or not sent:
         return None
     if len(sent) > 1:
         return f"{len(sent)} Origin headers, where a browser sends one"
-    origin, host = sent[0], "".join(request._getall("host"))  # there is at most one
+    origin, host = sent[0], "".join(request._getall(b"host:"))  # there is at most one
     # The Host has no scheme, and behind a proxy that ends TLS ours says nothing: its default port
     # is that of the Origin's own scheme.
     listed = [f"{scheme}://{host}" for scheme in _DEFAULT_PORTS] if origins is None else origins
