@@ -118,7 +118,7 @@ class ConnectionClosed(RoomsockError):
         closed_by: ClosedBy = "client",
         connection: str | None = None,
     ) -> None:
-        super().__init__(code, reason, closed_by, connection)
+        self.args = (code, reason, closed_by, connection)
         self.connection = connection
         self.code = code
         self.reason = reason

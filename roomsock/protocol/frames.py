@@ -21,6 +21,8 @@ MASKED = 0x80
 #: The message is compressed (RFC 7692, section 6).
 RSV1 = 0x40
 
+_NO_STATUS = int(CloseCode.NO_STATUS)
+
 #: Bytes a close reason may have: a control frame holds 125, two of them are the code (5.5.1).
 CLOSE_REASON_SIZE = 123
 
@@ -54,9 +56,10 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 def encode_close(code: int, reason: str = "") -> bytes:
     """A close frame; code 1005 stands for one without a body (7.1.5)."""
-    if code == CloseCode.NO_STATUS:
+    if code == _NO_STATUS:
         return encode_frame(CLOSE, b"")
-    return encode_frame(CLOSE, code.to_bytes(2, "big") + truncated(reason).encode())
+    payload = code.to_bytes(2, "big")
+    return encode_frame(CLOSE, payload + truncated(reason).encode() if reason else payload)
 
 
 def truncated(reason: str) -> str:
