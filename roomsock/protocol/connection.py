@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from math import inf
+from struct import Struct
 from typing import Any
 
 from wsproto import events as ws
@@ -61,6 +62,16 @@ STEP_FRAMES = 128
 STEP_INFLATED = 256 * 1024
 
 _STEP = range(STEP_MESSAGES)
+
+#: By a frame's second byte: what gives the first, the key and the payload of a short one that is
+#: masked, in one call; None for others.
+_SHORT = tuple(
+    Struct(f"Bx4s{second - MASKED}s").unpack_from if MASKED <= second <= MASKED | 125 else None
+    for second in range(256)
+)
+#: For longer ones: size of the header, least length, what gives first byte, length and key.
+_MEDIUM = 8, 126, Struct("!BxH4s").unpack_from
+_LONG = 14, 65536, Struct("!BxQ4s").unpack_from
 
 
 class Connection:
@@ -213,44 +224,45 @@ class Connection:
         Returns:
             Where the first byte stands that it leaves to wsproto.
         """
-        limit = self._limits.message
-        last = end - 6
+        # Where a frame can begin that is whole. A short one is not held against the limit.
+        last = end - 6 if self._limits.message >= 125 else -1
+        if position > last:
+            return position
         for _ in _STEP:
-            if position > last:
-                break
-            first = data[position]
-            length = data[position + 1] - MASKED
-            if length < 0 or (
-                first != _FINAL_TEXT
-                and first != _FINAL_BINARY
-                and (self._agreement is None or first not in _COMPRESSED or self._inflated_enough())
-            ):
-                break
-            start = position + 6
-            if length > 125:
-                width = 2 if length == 126 else 8
-                length = int.from_bytes(data[position + 2 : position + 2 + width], "big")
-                # A length that fits a shorter field is an error (5.2), which wsproto reports; one
-                # that is cut off is found below, or looks like this.
-                if length < (126 if width == 2 else 65536):
+            second = data[position + 1]
+            unpack = _SHORT[second]
+            if unpack is not None:
+                stop = position + second - 122  # no mask bit, but six bytes of header
+                if stop > end:
                     break
-                start += width
-            stop = start + length
-            if stop > end or length > limit:
-                break
-            payload = unmask(data[start:stop], data[start - 4 : start])
+                first, key, payload = unpack(data, position)
+            else:
+                size, least, unpack = _MEDIUM if second == MASKED | 126 else _LONG
+                start = position + size
+                if second < MASKED or start > end:
+                    break
+                first, length, key = unpack(data, position)
+                stop = start + length
+                # A length that fits a shorter field is an error (5.2), which wsproto reports.
+                if stop > end or length < least or length > self._limits.message:
+                    break
+                payload = data[start:stop]
             if first == _FINAL_TEXT:
                 try:
-                    events.append(payload.decode())
+                    events.append(unmask(payload, key).decode())
                 except UnicodeDecodeError:
                     break
             elif first == _FINAL_BINARY:
-                events.append(payload)
+                events.append(unmask(payload, key))
+            elif self._agreement is None or first not in _COMPRESSED or self._inflated_enough():
+                break
             else:
-                self._inflate_whole(first, payload, events)
+                self._inflate_whole(first, unmask(payload, key), events)
                 if self.close_received:
                     return stop
             position = stop
+            if position > last:
+                break
         return position
 
     def _inflate_whole(self, first: int, payload: bytes, events: list[Event]) -> None:

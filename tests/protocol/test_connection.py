@@ -607,6 +607,14 @@ def test_a_message_above_the_limit_is_refused_when_its_length_is_known(
     assert plain(run([data[:needed]])[0]) == [Fails(1009)]
 
 
+@pytest.mark.parametrize("limit", [1, 5, 124, 125, 126])
+def test_a_small_limit_holds_for_small_messages(limit: int) -> None:
+    data = text("a" * limit) + frame(BINARY, bytes(limit)) + text("a" * (limit + 1)) + PADDING
+    for chunks in chunkings(data):
+        events, _ = run(chunks, Limits(message=limit))
+        assert plain(events) == ["a" * limit, bytes(limit), Fails(1009)]
+
+
 # Words
 
 
@@ -1293,12 +1301,13 @@ def framelike() -> st.SearchStrategy[bytes]:
     ),
     st.lists(st.integers(1, 50), min_size=1, max_size=10),
     st.integers(0, 40),
+    st.sampled_from([400, 100]),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_events_and_never_an_exception(
-    data: bytes, sizes: list[int], closed_after: int
+    data: bytes, sizes: list[int], closed_after: int, message: int
 ) -> None:
-    limits = Limits(message=400, fragments=4)
+    limits = Limits(message=message, fragments=4)
     whole = run([data], limits)
     assert run(byte_by_byte(data), limits) == whole
     assert run(by_size(data, cycle(sizes)), limits) == whole
