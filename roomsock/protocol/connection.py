@@ -85,10 +85,10 @@ class Connection:
     """
 
     __slots__ = (
-        "_agreement", "_begun", "_chunks", "_collect", "_compressed", "_in_message", "_inflater",
+        "_agreement", "_chunks", "_collect", "_compressed", "_in_message", "_inflater",
         "_keepalive", "_limits", "_message_fragments", "_message_since", "_message_size", "_ping",
-        "_rate_budget", "_rate_since", "_remaining", "_tail", "_wsproto", "close_received",
-        "close_sent", "due", "has_more", "inflated", "only_messages",
+        "_plain", "_rate_budget", "_rate_since", "_remaining", "_tail", "_wsproto",
+        "close_received", "close_sent", "due", "has_more", "inflated", "only_messages",
     )  # fmt: skip
 
     def __init__(
@@ -119,7 +119,9 @@ class Connection:
         #: Bytes that the last step has inflated, and what takes as long.
         self.inflated = 0
 
-        self._begun = False  # anything that the next bytes belong to
+        # No compression, no rate to be held, in the middle of nothing and not about to end: so that
+        # a read asks one thing instead of six.
+        self._plain = agreement is None and limits.message_rate is None
         # What the last step left: an incomplete header or control frame; all that is to come, if
         # it had enough.
         self._tail = b""
@@ -144,32 +146,36 @@ class Connection:
             `PeerLost`. Next: write `data_to_send`, then handle the events, then `receive_more`
             while `has_more`.
         """
+        self._keepalive.heard_at = now
+        self.only_messages = True
         events: list[Event] = []
-        self.only_messages = False
+        if self._plain and data:
+            end = len(data)
+            position = self._take_whole_frames(data, 0, end, events)
+            if position < end:
+                self._parse(data, position, events, now)
+                self.only_messages &= bool(events) and self.due is None
+            return events
         if not data:
             if not self.close_received:
                 events.append(PeerLost())
             self._stop_receiving()
             return events
-        keepalive = self._keepalive
-        keepalive.heard_at = now
-        keepalive.pinged_at = None
         if self.close_received:
+            self.only_messages = False
             return events
         if self._inflater is not None:
             self._inflater.inflated = self.inflated = 0
         if self.close_sent:
             self._discard(data, events)
+            self.only_messages = False
             return events
-        position = 0 if self._begun else self._take_whole_frames(data, 0, len(data), events)
-        if position < len(data):
-            self._parse(data, position, events, now)
-        elif events and self._rate_budget == inf and not self.close_received:
-            self.only_messages = True
+        self._parse(data, 0, events, now)
         if self._inflater is not None:
             self.inflated = self._inflater.inflated
         if self._rate_budget != inf:
             self._limit_rate(events, now)
+        self.only_messages &= bool(events) and self.due is None
         return events
 
     def receive_more(self, now: float) -> list[Event]:
@@ -209,7 +215,9 @@ class Connection:
                 position = self._begin_frame(data, position, end, events)
                 frames += 1
         incomplete = self._in_message or self._remaining > 0 or self._collect is not None
-        self._begun = incomplete or bool(self._tail)
+        simple = self._agreement is None and self._rate_budget == inf
+        busy = incomplete or self._tail or self.close_sent or self.close_received
+        self._plain = simple and not busy
         if not incomplete and (self.has_more or not self._tail):
             self._message_since = inf
         elif self._message_since == inf:
@@ -434,6 +442,7 @@ class Connection:
         # tells how long the way is. Unsolicited pongs are legal (5.5.3).
         if payload == self._ping:
             events.append(PongReceived(float.fromhex(payload.decode())))
+            self.only_messages = False
             self._ping = None
 
     def _limit_rate(self, events: list[Event], now: float) -> None:
@@ -471,7 +480,7 @@ class Connection:
 
     def _stop_receiving(self) -> None:
         self.close_received = True
-        self.has_more = False
+        self.only_messages = self._plain = self.has_more = False
         self._tail = b""
         self._chunks = self._collect = None
         self._message_since = inf
@@ -501,6 +510,7 @@ class Connection:
         if self.close_sent:
             return b""
         self.close_sent = True
+        self._plain = False
         self.due = None
         return encode_close(code, reason)
 

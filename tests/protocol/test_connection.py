@@ -122,13 +122,20 @@ def feed(
     events: list[Event] = []
     sent: list[bytes] = []
     for chunk in filter(None, chunks):  # an empty one would be the end of the stream
-        events += conn.receive_data(chunk, now)
+        events += checked(conn, conn.receive_data(chunk, now))
         sent += conn.data_to_send()
         while conn.has_more:
-            events += conn.receive_more(now)
+            events += checked(conn, conn.receive_more(now))
             sent += conn.data_to_send()
         check_held(conn, limits)
     return events, sent
+
+
+def checked(conn: Connection, events: list[Event]) -> list[Event]:
+    """The events of a step; the connection must have said whether it found messages only."""
+    only_messages = all(isinstance(event, (str, bytes)) for event in events)
+    assert conn.only_messages == (only_messages and events != [] and conn.due is None)
+    return events
 
 
 def run(
@@ -1057,6 +1064,27 @@ def test_a_rate_below_one_in_ten_seconds_still_allows_a_message() -> None:
 
 
 # Time: keepalive
+
+
+@pytest.mark.parametrize("agreement", [None, ALONE], ids=["plain", "compression"])
+def test_a_step_says_whether_it_found_messages_only(agreement: Agreement | None) -> None:
+    conn = Connection(LIMITS, (20.0, 10.0), now=NOW, agreement=agreement)
+    parts = frame(TEXT, b"a", fin=False) + frame(CONT, b"b")
+
+    def only_messages(data: bytes) -> bool:
+        conn.receive_data(data, NOW)
+        conn.data_to_send()
+        return conn.only_messages
+
+    assert only_messages(text("a") + frame(PONG, b"?"))
+    assert not only_messages(text("a") + frame(PONG, pinged(conn, NOW + 20)) + text("b"))
+    assert only_messages(text("a"))
+    assert not only_messages(frame(PONG, pinged(conn, NOW + 20)))
+    assert only_messages(parts + text("b")[:3])
+    assert only_messages(text("b")[3:] + parts)
+    assert not only_messages(text("b")[:3])
+    assert not only_messages(text("b")[3:] + frame(PING))
+    assert not only_messages(text("a") + close(1000))
 
 
 def pinged(conn: Connection, now: float) -> bytes:
