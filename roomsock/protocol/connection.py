@@ -186,6 +186,11 @@ class Connection:
         return self.receive_data(rest, now)
 
     def _parse(self, data: bytes, position: int, events: list[Event], now: float) -> None:
+        size = len(data) - 6
+        is_lone = self._plain and position == 0 <= size <= 125 and data[1] == MASKED | size
+        if is_lone and data[0] & _CONTROL:  # as a close frame mostly comes
+            self._feed_control(data, 0, 6, len(data), events)
+            return
         if self._tail:
             data = self._tail + data
             self._tail = b""
