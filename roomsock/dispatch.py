@@ -266,9 +266,10 @@ def _log_raised(what: str, endpoint: Endpoint, ws: WebSocket, raised: Exception)
 
 def _is_own_end(error: BaseException, ws: WebSocket) -> bool:
     """Whether this is the connection's own `ConnectionClosed`, or a group of nothing else."""
-    return all(
-        isinstance(leaf, ConnectionClosed) and leaf.connection == ws.id for leaf in _leaves(error)
-    )
+    if isinstance(error, ConnectionClosed):  # mostly: every connection ends in here
+        return error.connection == ws.id
+    leaves = _leaves(error)
+    return leaves != [error] and all(_is_own_end(leaf, ws) for leaf in leaves)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

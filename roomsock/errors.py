@@ -90,7 +90,8 @@ def header_pairs(headers: Headers) -> tuple[tuple[str, str], ...]:
     Raises:
         TypeError: They are neither a mapping nor pairs of strings.
     """
-    pairs = tuple(headers.items() if isinstance(headers, Mapping) else headers)
+    given = () if headers == () else headers.items() if isinstance(headers, Mapping) else headers
+    pairs = tuple(given)
     for pair in pairs:
         match pair:
             case (str(), str()):

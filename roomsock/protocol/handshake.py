@@ -422,7 +422,8 @@ class Handshake:
         if not _KEY.fullmatch(key):
             return Refused(400, "malformed handshake: Sec-WebSocket-Key")
         # Item 8: tokens, all different (section 4.1, item 10).
-        offered = _tokens(fields.get(b"sec-websocket-protocol", b""))
+        protocols = fields.get(b"sec-websocket-protocol")
+        offered = () if protocols is None else _tokens(protocols)
         if offered is None or len(set(offered)) < len(offered):
             return Refused(400, "malformed handshake: Sec-WebSocket-Protocol")
         # Item 9.
