@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Iterable
 from email.utils import formatdate
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -159,7 +159,8 @@ class Driver:
                         # talk to. But what came in before the client closed is still handled.
                         receiver = self._receiver
                         if receiver is not None and (self._end is None or receiver.inbox):
-                            await self._converse()
+                            assert self._ws is not None and self._endpoint is not None
+                            await self._server.dispatcher.converse(self._ws, self, self._endpoint)
                 except Exception as error:
                     if self._ws is None or not self.accepted:
                         raise
@@ -293,10 +294,6 @@ class Driver:
             self.crash(error)
         elif self._handshake is not None:
             self._respond(Response("internal server error\n", 500))
-
-    def _converse(self) -> Coroutine[Any, Any, None]:
-        assert self._ws is not None and self._endpoint is not None
-        return self._server.dispatcher.converse(self._ws, self, self._endpoint)
 
     async def _finish(self) -> None:
         """The handler is over: tell of the end, once, and let go of every room."""

@@ -75,7 +75,7 @@ MOST = {
 }
 
 #: The same for each connection that is opened, and closed by its client.
-MOST_OF_A_VISIT = {"asyncio": Cost(173, 485), "uvloop": Cost(173, 371), "trio": Cost(195, 700)}
+MOST_OF_A_VISIT = {"asyncio": Cost(168, 451), "uvloop": Cost(168, 349), "trio": Cost(187, 626)}
 
 #: Python functions that a round of housekeeping calls for each idle connection.
 HOUSEKEEPING = 1
