@@ -32,7 +32,7 @@ import roomsock
 from roomsock import App, Limits, serving
 from roomsock.limits import KIB
 from roomsock.protocol.deflate import Agreement, Compression, Deflater
-from roomsock.protocol.frames import BINARY, PONG, TEXT, encode_frame, frame_size
+from roomsock.protocol.frames import BINARY, PONG, SMALL, TEXT, encode_frame, frame_size
 from roomsock.protocol.outbox import CHUNK, SlowConsumers
 from roomsock.rooms import NO_WAIT, Everyone, Registry, Room
 from roomsock.sender import JOIN_BYTES, JOIN_FRAMES, JOIN_TICKS, TURN_MESSAGES, Flusher, Sender
@@ -326,6 +326,69 @@ async def test_a_drain_that_fails_wakes_who_waits() -> None:
 
 
 # The bound
+
+
+def send_first(unit: Unit, how: str, payload: bytes) -> bytes:
+    """Send what is the first in its tick; returns the frame."""
+    if how == "send":
+        unit.sender.send(BINARY, payload)
+    elif how == "room":
+        room_of([unit.sender], unit.flusher).send_bytes(payload)
+    else:
+        unit.sender.queue(encode_frame(BINARY, payload))
+    return encode_frame(BINARY, payload)
+
+
+@pytest.mark.parametrize("how", ["queue", "send", "room"])
+async def test_the_first_frame_of_a_tick_may_be_refused_however_it_is_sent(how: str) -> None:
+    unit = Unit(room=3)
+    frame = send_first(unit, how, b"payload")
+    assert unit.kernel.calls == [frame[:3]]
+    assert unit.sender.blocked
+    assert unit.owner.drains == 1
+    unit.ticks.end()
+    more = send_first(unit, how, b"more")
+    assert unit.kernel.calls == [frame[:3]]
+    assert await unit.drain() == frame[3:] + more
+
+
+@pytest.mark.parametrize("how", ["queue", "send", "room"])
+def test_the_first_frame_of_a_tick_may_stay_behind_as_ciphertext_however_it_is_sent(
+    how: str,
+) -> None:
+    unit = Unit()
+    unit.kernel.unsent = 10
+    send_first(unit, how, b"payload")
+    assert unit.sender.blocked
+    assert unit.owner.drains == 1
+
+
+@pytest.mark.parametrize("how", ["queue", "send", "room"])
+def test_the_first_frame_of_a_tick_may_meet_an_error_however_it_is_sent(how: str) -> None:
+    unit = Unit()
+    unit.kernel.error = ConnectionResetError()
+    send_first(unit, how, b"payload")
+    unit.kernel.error = None
+    unit.ticks.end()
+    send_first(unit, how, b"more")
+    unit.ticks.end()
+    assert unit.kernel.calls == []
+    assert unit.owner.told == []
+
+
+@pytest.mark.parametrize("policy", ["close", "drop_newest"])
+@pytest.mark.parametrize("how", ["send", "room"])
+@pytest.mark.parametrize("ticks", [0, 2])
+def test_a_message_of_any_length_becomes_its_frame(
+    how: str, policy: SlowConsumers, ticks: int
+) -> None:
+    unit = Unit(policy=policy)
+    expected = b""
+    for length in (0, 1, 125, 126, 127, SMALL - 1, SMALL, 255, 256, 65_535, 65_536):
+        expected += send_first(unit, how, b"x" * length)
+        unit.ticks.end(ticks)
+    unit.ticks.end()
+    assert unit.kernel.taken == expected
 
 
 def test_the_bound_passed_tells_the_owner_and_queues_nothing() -> None:

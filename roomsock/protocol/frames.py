@@ -28,10 +28,6 @@ CLOSE_REASON_SIZE = 123
 
 _LENGTH_16 = Struct("!BBH").pack
 _LENGTH_64 = Struct("!BBQ").pack
-SMALL_HEADERS = {
-    opcode: tuple(bytes((FIN | opcode, length)) for length in range(126))
-    for opcode in (TEXT, BINARY, CLOSE, PING, PONG, RSV1 | TEXT, RSV1 | BINARY)
-}
 
 
 class KeptFrame(bytes):
@@ -48,10 +44,20 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     """
     length = len(payload)
     if length < 126:
-        return SMALL_HEADERS[opcode][length] + payload
+        return bytes((FIN | opcode, length)) + payload
     if length < 65536:
         return _LENGTH_16(FIN | opcode, 126, length) + payload
     return _LENGTH_64(FIN | opcode, 127, length) + payload
+
+
+#: Payloads shorter than this have headers that are made beforehand.
+SMALL = 252
+
+#: Those headers, by opcode and length.
+HEADERS = {
+    opcode: tuple(encode_frame(opcode, bytes(length))[: -length or None] for length in range(SMALL))
+    for opcode in (TEXT, BINARY)
+}
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
