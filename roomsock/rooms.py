@@ -6,7 +6,7 @@ member is reached through its `Recipient`, which the driver provides.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator
 from itertools import repeat
 from math import inf
 from threading import get_ident
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from .messages import encode_json
 from .protocol.deflate import Deflater
-from .protocol.frames import BINARY, TEXT, encode_frame
+from .protocol.frames import BINARY, HEADERS, SMALL, TEXT, encode_frame
 
 if TYPE_CHECKING:
     from .websocket import WebSocket
@@ -149,7 +149,7 @@ class Registry:
         self.everyone.batch = None
         self.queued: type[Queued] = Queued
         #: Queues a frame for all but some, in fewer steps than one by one.
-        self.queue_all: Callable[[Members, bytes, set[WebSocket]], None] | None = None
+        self.queue_all: Callable[[Members, bytes, Collection[WebSocket]], None] | None = None
         self.call_soon_threadsafe: Callable[..., None] = _not_served
 
     def become(self, other: Registry) -> None:
@@ -196,6 +196,39 @@ class Registry:
             if not record.members and not record.leaving:
                 del self.rooms[name]
 
+    def members(self, name: str) -> Members:
+        """Whom a send to the room reaches."""
+        record = self.rooms.get(name)
+        return Members() if record is None else record.members
+
+    def send(self, members: Members, opcode: int, payload: bytes, exclude: Excluded) -> Queued:
+        """Queue a message for all of them but some; see `Audience`."""
+        if get_ident() != self.thread:
+            self.check_thread()  # or nobody serves
+        left_out: Collection[WebSocket] = ()
+        if exclude is not None and members:
+            left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}
+            if any(isinstance(each, str) for each in left_out):  # a name or an id excludes nobody
+                raise TypeError(f"exclude takes connections, not {exclude!r}")
+            left_out = members.keys() & left_out
+        if len(left_out) == len(members):
+            return self.queued(0)
+        size = len(payload)  # a small one without a call
+        frame = HEADERS[opcode][size] + payload if size < SMALL else encode_frame(opcode, payload)
+        compress = size >= self.compress_from
+        if self.queue_all is not None and not compress:
+            self.queue_all(members, frame, left_out)
+        else:
+            shared: dict[int, bytes] = {}
+            # A snapshot: queueing may close a slow member, which takes it out of the room.
+            for ws, recipient in list(members.items()):
+                if ws not in left_out:
+                    deflater = recipient.deflater if compress else None
+                    recipient.queue(
+                        frame if deflater is None else deflater.encode(opcode, payload, shared)
+                    )
+        return self.queued(len(members) - len(left_out))
+
 
 class Audience:
     """Several connections that can be sent to at once.
@@ -241,7 +274,7 @@ class Audience:
             TypeError, ValueError: The value cannot be encoded; nothing was queued.
             RuntimeError: Called from another thread than the event loop's.
         """
-        return self._send(TEXT, encode_json(value), exclude)
+        return self._registry.send(self._recipients(), TEXT, encode_json(value), exclude)
 
     def send_text(self, text: str, *, exclude: Excluded = None) -> Queued:
         """Send text to every member.
@@ -250,7 +283,7 @@ class Audience:
             TypeError, ValueError: The text is no ``str``, or not encodable as UTF-8.
             RuntimeError: Called from another thread than the event loop's.
         """
-        return self._send(TEXT, encode_text(text), exclude)
+        return self._registry.send(self._recipients(), TEXT, encode_text(text), exclude)
 
     def send_bytes(self, data: bytes, *, exclude: Excluded = None) -> Queued:
         """Send a binary message to every member.
@@ -259,7 +292,7 @@ class Audience:
             TypeError: The data is no bytes-like object.
             RuntimeError: Called from another thread than the event loop's.
         """
-        return self._send(BINARY, encode_bytes(data), exclude)
+        return self._registry.send(self._recipients(), BINARY, encode_bytes(data), exclude)
 
     async def flushed(self) -> None:
         """Let others have their turn, then wait until the kernel has taken what was queued for the
@@ -276,36 +309,6 @@ class Audience:
         await self._registry.queued()
         for recipient in list(self._recipients().values()):
             await recipient.flushed()
-
-    def _send(self, opcode: int, payload: bytes, exclude: Excluded) -> Queued:
-        registry = self._registry
-        if get_ident() != registry.thread:
-            registry.check_thread()  # or nobody serves
-        recipients = self._recipients()
-        if not recipients:
-            return registry.queued(0)
-        left_out: set[WebSocket] = set()
-        if exclude is not None:
-            left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}
-            if any(isinstance(each, str) for each in left_out):  # a name or an id excludes nobody
-                raise TypeError(f"exclude takes connections, not {exclude!r}")
-            left_out &= recipients.keys()
-        if len(left_out) == len(recipients):
-            return registry.queued(0)
-        frame = encode_frame(opcode, payload)
-        compress = len(payload) >= registry.compress_from
-        if registry.queue_all is not None and not compress:
-            registry.queue_all(recipients, frame, left_out)
-        else:
-            shared: dict[int, bytes] = {}
-            # A snapshot: queueing may close a slow member, which takes it out of the room.
-            for ws, recipient in list(recipients.items()):
-                if ws not in left_out:
-                    deflater = recipient.deflater if compress else None
-                    recipient.queue(
-                        frame if deflater is None else deflater.encode(opcode, payload, shared)
-                    )
-        return registry.queued(len(recipients) - len(left_out))
 
 
 class Room(Audience):
@@ -324,8 +327,7 @@ class Room(Audience):
         self.name = name
 
     def _recipients(self) -> Members:
-        record = self._registry.rooms.get(self.name)
-        return Members() if record is None else record.members
+        return self._registry.members(self.name)
 
     @property
     def state(self) -> SimpleNamespace:

@@ -285,11 +285,13 @@ class WebSocket:
 
     def send_json_to_this_room(self, value: Any, *, exclude: Excluded = None) -> Queued:
         """Send a value as JSON to every member of this connection's room, itself included."""
-        return Room(self._registry, self.path).send_json(value, exclude=exclude)
+        registry = self._registry
+        return registry.send(registry.members(self.path), TEXT, encode_json(value), exclude)
 
     def send_text_to_this_room(self, text: str, *, exclude: Excluded = None) -> Queued:
         """Send text to every member of this connection's room, itself included."""
-        return Room(self._registry, self.path).send_text(text, exclude=exclude)
+        registry = self._registry
+        return registry.send(registry.members(self.path), TEXT, encode_text(text), exclude)
 
     def send_bytes_to_this_room(self, data: bytes, *, exclude: Excluded = None) -> Queued:
         """Send bytes to every member of this connection's room, itself included."""

@@ -69,9 +69,9 @@ class Most(NamedTuple):
 #: ``pytest tests/test_counts.py -rP | grep measured`` on both, best on a busy machine, too. An
 #: optimisation lowers its bound; whatever raises one has to be worth it.
 MOST = {
-    "asyncio": Most(Cost(20.0, 44), Cost(4.8, 6.3), Cost(1.3, 2.1), Cost(0.52, 0.61), 44, 5_900),
-    "uvloop": Most(Cost(20.0, 24), Cost(4.8, 5.6), Cost(1.3, 1.7), Cost(0.52, 0.61), 44, 5_900),
-    "trio": Most(Cost(28.1, 115), Cost(5.0, 7.8), Cost(1.5, 3.5), Cost(0.52, 0.80), 45, 5_800),
+    "asyncio": Most(Cost(20.0, 44), Cost(4.8, 6.3), Cost(1.3, 2.1), Cost(0.42, 0.5), 44, 5_900),
+    "uvloop": Most(Cost(20.0, 24), Cost(4.8, 5.6), Cost(1.3, 1.7), Cost(0.42, 0.5), 44, 5_900),
+    "trio": Most(Cost(28.1, 115), Cost(5.0, 7.8), Cost(1.5, 3.5), Cost(0.42, 0.7), 45, 5_800),
 }
 
 #: The same for each connection that is opened, and closed by its client.
