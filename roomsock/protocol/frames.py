@@ -111,22 +111,24 @@ def frame_size(data: bytes, start: int) -> tuple[int, int]:
     return start + 10, int.from_bytes(data[start + 2 : start + 10], "big")
 
 
-# Below about 1 KiB one big-integer XOR wins, above it four table translations do (measured:
-# 0.4 us for 64 bytes, 18 us for 16 KiB).
-_XOR_LIMIT = 1024
-_XOR_TABLES = [bytes(byte ^ mask for byte in range(256)) for mask in range(256)]
+#: What is XORed as one integer, a multiple of the key: longer ones leave the processor's nearest
+#: cache, shorter ones cost more calls (measured: 0.4 us for 64 bytes, 25 us for 16 KiB).
+XOR_BLOCK = 4096
 
 
 def unmask_in_python(payload: bytes, key: bytes) -> bytes:
     """XOR the payload with the repeated four-byte key (5.3)."""
     length = len(payload)
-    if length <= _XOR_LIMIT:
+    if length <= XOR_BLOCK:
         mask = int.from_bytes((key * ((length + 3) // 4))[:length], "little")
         return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
-    result = bytearray(length)
-    for i in range(4):
-        result[i::4] = payload[i::4].translate(_XOR_TABLES[key[i]])
-    return bytes(result)
+    mask = int.from_bytes(key * (XOR_BLOCK // 4), "little")
+    rest = length - length % XOR_BLOCK
+    blocks = [
+        (int.from_bytes(payload[i : i + XOR_BLOCK], "little") ^ mask).to_bytes(XOR_BLOCK, "little")
+        for i in range(0, rest, XOR_BLOCK)
+    ]
+    return b"".join([*blocks, unmask_in_python(payload[rest:], key)])
 
 
 unmask: Callable[[bytes, bytes], bytes]
