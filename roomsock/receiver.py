@@ -21,7 +21,7 @@ from anyio.lowlevel import checkpoint
 from .protocol.connection import Connection
 from .protocol.events import Event, Failed, PeerClosed, PeerLost, PongReceived
 from .sender import TURN_MESSAGES, Sender
-from .transport import Transport
+from .transport import READ_SIZE, Transport
 
 if TYPE_CHECKING:
     from .server import Server
@@ -34,7 +34,11 @@ TURN_SECONDS = 0.005
 #: What the connection's own task does: it receives, or it waits for input.
 RECEIVING, READING = 1, 2
 
+#: Read at once of a frame that is known to be so large.
+LARGE_READ_SIZE = 1024 * 1024
+
 _MORE = range(1, TURN_MESSAGES)
+
 
 #: The inbox of who never sent anything: an empty deque of its own would cost 0.7 KiB.
 _EMPTY: deque[str | bytes] = deque(maxlen=0)
@@ -167,6 +171,8 @@ class Receiver:
             self._owner.apply_ending()
         elif self._helping or self._conn.has_more:
             await self.read()
+        elif self._conn.missing > READ_SIZE:
+            await self._read_large()
         else:
             self._pending = False
 
@@ -207,6 +213,15 @@ class Receiver:
         if data is not None:
             self._begin_turn()
             self.feed(data)
+
+    async def _read_large(self) -> None:
+        """Read what is missing of a frame, and nothing behind it, in as few pieces as may be."""
+        self.state = READING
+        self._transport.read_size = min(self._conn.missing, LARGE_READ_SIZE)
+        try:
+            await self.read()
+        finally:
+            self._transport.read_size = READ_SIZE
 
     async def take_over(self) -> None:
         """Have the task that reads ahead, if there is one, give reading back."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("roomsock")
 
-#: A read of 256 KiB would make malloc map and unmap memory each time; 64 KiB does not.
+#: Read at once from who may have sent anything.
 READ_SIZE = 64 * 1024
 
 #: TLS encrypts no more than this ahead of what the kernel takes.
@@ -41,6 +41,9 @@ ENCRYPT_SIZE = 64 * 1024
 
 class Transport(Protocol):
     """A connected stream: waits for input, tries output at once."""
+
+    #: Bytes that are read from the socket at once.
+    read_size: int
 
     async def handshake(self) -> None:
         """Do what comes before the first byte (TLS); raises OSError or ssl.SSLError."""
@@ -181,13 +184,14 @@ class SocketTransport:
     """A plain TCP or unix socket; how a task waits for it, and goes on, is the event loops'
     difference."""
 
-    __slots__ = ("_registered", "_sock", "_waiter", "_watch", "_writing", "closed")
+    __slots__ = ("_registered", "_sock", "_waiter", "_watch", "_writing", "closed", "read_size")
 
     unsent = 0
 
     def __init__(self, sock: socket.socket, watch: Watch) -> None:
         self._sock = sock
         self._watch = watch
+        self.read_size = READ_SIZE
         self._registered = False
         self._waiter: Any = None  # what goes on when there is something
         self.closed = False
@@ -210,7 +214,7 @@ class SocketTransport:
     def read(self, _outcome: Any) -> bytes | None:
         """See `Transport`."""
         try:
-            return self._sock.recv(READ_SIZE)
+            return self._sock.recv(self.read_size)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:  # reset by the peer: an end like any other
@@ -404,7 +408,7 @@ class TrioTransport(SocketTransport):
             outcome.unwrap()  # raises what it is cancelled by
             return None
         try:  # not by `super`, which takes as long as all the rest of this
-            return self._sock.recv(READ_SIZE)
+            return self._sock.recv(self.read_size)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -431,10 +435,11 @@ class TrioTransport(SocketTransport):
 class TLSTransport:
     """TLS over a socket transport, through memory: writes stay synchronous."""
 
-    __slots__ = ("_cipher_in", "_cipher_out", "_eof", "_raw", "_tls", "_unsent")
+    __slots__ = ("_cipher_in", "_cipher_out", "_eof", "_raw", "_tls", "_unsent", "read_size")
 
     def __init__(self, raw: SocketTransport, context: ssl.SSLContext) -> None:
         self._raw = raw
+        self.read_size = READ_SIZE
         self._cipher_in = ssl.MemoryBIO()
         self._cipher_out = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._cipher_in, self._cipher_out, server_side=True)
@@ -467,6 +472,7 @@ class TLSTransport:
         """See `Transport`."""
         # The first bytes may have come together with the end of the TLS handshake.
         while not (plain := self._decrypt()) and not self._eof:
+            self._raw.read_size = self.read_size
             data = await self._raw.receive()
             if data is None:
                 return None

@@ -26,14 +26,14 @@ from roomsock import (
     Limits,
     WebSocket,
 )
-from roomsock.limits import KIB
+from roomsock.limits import KIB, MIB
 from roomsock.protocol.connection import STEP_FRAMES, STEP_INFLATED, Connection
 from roomsock.protocol.deflate import Agreement
 from roomsock.protocol.events import Failed, PeerClosed, PeerLost
 from roomsock.protocol.frames import PONG, encode_frame
-from roomsock.receiver import READING, TURN_SECONDS, Receiver
+from roomsock.receiver import LARGE_READ_SIZE, READING, TURN_SECONDS, Receiver
 from roomsock.sender import TURN_MESSAGES, Flusher
-from roomsock.transport import EventLoop, SocketTransport
+from roomsock.transport import READ_SIZE, EventLoop, SocketTransport
 
 from . import contract
 from .client import PATIENCE, connected
@@ -66,9 +66,14 @@ class Wire:
     def __init__(self, raw: SocketTransport) -> None:
         self._raw = raw
         self.script: deque[bytes | OSError] = deque()
-        self.reads = 0
+        self.read_size = READ_SIZE
+        self.asked: list[int] = []  # the `read_size` of each read
         self.wakes = 0
         self.broken = False
+
+    @property
+    def reads(self) -> int:
+        return len(self.asked)
 
     def arrive(self, *items: bytes | OSError) -> None:
         self.script.extend(items)
@@ -86,7 +91,7 @@ class Wire:
         return self.read((yield self.sleep()))
 
     def sleep(self) -> object:
-        self.reads += 1
+        self.asked.append(self.read_size)
         if self.script:
             self._raw.wake_soon()
         return self._raw.sleep()
@@ -98,7 +103,9 @@ class Wire:
         item = self.script.popleft()
         if isinstance(item, OSError):
             raise item
-        return item
+        if len(item) > self.asked[-1]:
+            self.script.appendleft(item[self.asked[-1] :])
+        return item[: self.asked[-1]]
 
 
 class Owner:
@@ -164,7 +171,8 @@ class Unit:
         self.sender = WayOut()
         self.house = House(self.clock, Limits(**limits))
         now = self.clock.now()
-        self.conn = Connection(Limits(), (20.0, 20.0), now=now, agreement=agreement)
+        limit = self.house.app.limits
+        self.conn = Connection(limit, (20.0, 20.0), now=now, agreement=agreement)
         fakes: list[Any] = [self.owner, self.house, self.wire, self.conn, self.sender]
         self.receiver = self.owner.receiver = Receiver(*fakes)
 
@@ -324,6 +332,81 @@ async def test_who_is_woken_without_input_waits_on(make: Callable[..., Unit]) ->
         assert (got, unit.wire.reads) == ([], 2)
         unit.wire.arrive(text("1"))
     assert got == ["1"]
+
+
+# Large frames
+
+
+async def test_of_a_large_frame_all_is_read_at_once_and_nothing_behind_it(
+    make: Callable[..., Unit],
+) -> None:
+    """What is behind it is input like any other, and may be tiny messages."""
+    unit = make()
+    frame = masked(0x82, b"x" * 500_000)
+    unit.wire.arrive(frame + text("1") + frame + text("2"))
+    assert [len(await unit.receive()) for _ in range(4)] == [500_000, 1, 500_000, 1]
+    missing = len(frame) - READ_SIZE
+    more = missing - READ_SIZE + len(text("1"))  # it began behind a message
+    small = READ_SIZE
+    assert unit.wire.asked == [small, missing, small, small, more, small]
+    assert unit.wire.read_size == READ_SIZE
+
+
+async def test_pieces_of_a_large_frame_are_read_as_they_come(make: Callable[..., Unit]) -> None:
+    unit = make()
+    frame = masked(0x82, b"x" * MIB)
+    cuts = [0, 14, 100, 300_000, 800_000, len(frame) - READ_SIZE, len(frame) - 1, len(frame)]
+    unit.wire.arrive(*(frame[start:stop] for start, stop in pairwise(cuts)))
+    assert await unit.receive() == b"x" * MIB
+    assert unit.wire.asked[0] == READ_SIZE
+    assert unit.wire.asked[1:-2] == [len(frame) - cut for cut in cuts[1:-3]]
+    assert unit.wire.asked[-2:] == [READ_SIZE] * 2  # as good for what is left
+
+
+async def test_a_frame_above_what_is_read_at_once_is_read_in_pieces(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make(message=4 * MIB)
+    unit.wire.arrive(masked(0x82, b"x" * (3 * MIB)))
+    assert await unit.receive() == b"x" * (3 * MIB)
+    assert max(unit.wire.asked) == LARGE_READ_SIZE
+    assert unit.wire.reads == 4
+
+
+@pytest.mark.parametrize("how", ["cancelled", "ended", "lost"])
+async def test_what_is_read_at_once_is_as_little_as_ever_behind_half_a_large_frame(
+    make: Callable[..., Unit], how: str
+) -> None:
+    unit = make()
+    frame = masked(0x82, b"x" * 500_000)
+    unit.wire.arrive(frame[:100_000])
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(unit.receive if how == "cancelled" else unit.closed)
+        await settled()
+        assert unit.wire.read_size == len(frame) - 100_000
+        if how == "cancelled":
+            tg.cancel_scope.cancel()
+        elif how == "ended":
+            unit.owner.finish(discard=True)
+        else:
+            unit.wire.arrive(b"")
+    assert unit.wire.read_size == READ_SIZE
+    if how == "cancelled":
+        unit.wire.arrive(frame[100_000:])
+        assert await unit.receive() == b"x" * 500_000
+
+
+async def test_an_end_of_our_own_is_met_amid_a_large_frame_that_still_comes(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    frame = masked(0x82, b"x" * 500_000)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(unit.closed)
+        await settled()
+        unit.wire.arrive(frame[:100_000])
+        unit.owner.finish(discard=True)
+    assert unit.wire.reads == 1
 
 
 async def test_an_error_of_the_transport_is_raised_and_costs_no_state(
@@ -561,11 +644,11 @@ async def test_an_error_while_reading_ahead_gives_reading_back(
     unit = make()
     async with anyio.create_task_group() as tg:
         await unit.be_busy(tg)
+        unit.wire.script.extend((OSError("unplugged"), b""))
         if waited_for:
-            tg.start_soon(unit.closed)
-            while not unit.wire.wakes:
-                await checkpoint()
-        unit.wire.arrive(OSError("unplugged"), b"")
+            tg.start_soon(unit.closed)  # which wakes the one that reads ahead
+        else:
+            unit.wire.arrive()
     assert "reading ahead failed: unplugged" in caplog.text
     assert not unit.receiver.is_read
     await unit.closed()

@@ -243,6 +243,16 @@ async def test_a_read_is_bounded(connect: Callable[[], Pair]) -> None:
     transport.close()
 
 
+async def test_a_read_is_as_large_as_was_asked_for(connect: Callable[[], Pair]) -> None:
+    transport, peer = connect()
+    peer.send(b"0123456789")
+    transport.read_size = 3
+    assert await received(transport) == b"012"
+    transport.read_size = 4
+    assert await received(transport) == b"3456"
+    transport.close()
+
+
 @pytest.mark.parametrize("waiting", [True, False])
 async def test_a_reset_is_an_end_and_stays_one(connect: Callable[[], Pair], waiting: bool) -> None:
     transport, peer = connect()
@@ -862,6 +872,21 @@ async def test_one_read_gives_all_that_was_decrypted(
         peer.tls.write(b"%04d" % number)
     await peer.flush()
     assert await received(transport) == b"".join(b"%04d" % number for number in range(100))
+    transport.close()
+
+
+async def test_what_is_read_at_once_is_asked_of_the_socket(
+    secure: Callable[[], tuple[TLSTransport, Peer]],
+) -> None:
+    transport, peer = secure()
+    await shake(transport, peer)
+    peer.tls.write(b"first")
+    transport.read_size = peer.cipher_out.pending  # one record of TLS
+    peer.tls.write(b"second")
+    await peer.flush()
+    assert await received(transport) == b"first"
+    transport.read_size = READ_SIZE
+    assert await received(transport) == b"second"
     transport.close()
 
 

@@ -185,6 +185,11 @@ class Connection:
         rest, self._tail = self._tail, b""
         return self.receive_data(rest, now)
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are still to come of a binary frame; 0 where small reads are as good."""
+        return 0 if self._collect is None else self._collect.missing
+
     def _parse(self, data: bytes, position: int, events: list[Event], now: float) -> None:
         size = len(data) - 6
         is_lone = self._plain and position == 0 <= size <= 125 and data[1] == MASKED | size

@@ -759,6 +759,30 @@ def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result(
         assert feed(conn, [data[cut:] + text("next")])[0] == [payload, "next"]
 
 
+def test_what_is_missing_of_a_large_binary_frame_is_known() -> None:
+    conn = Connection(LIMITS, now=NOW)
+    data = frame(BINARY, bytes(70_000))
+    assert conn.missing == 0
+    feed(conn, [data[:13]])  # without all of its key
+    assert conn.missing == 0
+    feed(conn, [data[13:20]])
+    assert conn.missing == 0  # wsproto has it
+    feed(conn, [data[20:], data[:20]])
+    assert conn.missing == 70_000 - 6
+    feed(conn, [data[20:-1]])
+    assert conn.missing == 1
+    feed(conn, [data[-1:] + frame(TEXT, bytes(70_000))[:20]])
+    assert conn.missing == 0
+
+
+def test_nothing_is_missing_after_the_end() -> None:
+    conn = Connection(LIMITS, now=NOW)
+    feed(conn, [frame(BINARY, bytes(70_000))[:-1]])
+    assert conn.missing == 1
+    assert conn.receive_data(b"", NOW) == [PeerLost()]
+    assert conn.missing == 0
+
+
 # Steps: no read keeps the others waiting
 
 
