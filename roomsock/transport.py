@@ -59,7 +59,7 @@ class Transport(Protocol):
     def read(self, outcome: Any) -> bytes | None:
         """What there is, for who has slept and went on with this outcome; see `receive`."""
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         """Hand bytes to the kernel without waiting; how many were taken. Raises OSError."""
 
     @property
@@ -237,7 +237,7 @@ class SocketTransport:
             self._registered = False
             self._watch.remove(self._sock.fileno())
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         """See `Transport`."""
         try:
             return self._sock.send(data)
@@ -517,7 +517,7 @@ class TLSTransport:
         self._eof = self._eof or len(self._unsent) > 2 * ENCRYPT_SIZE
         return b"".join(parts)
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | memoryview) -> int:
         """See `Transport`."""
         self._flush()
         taken = 0

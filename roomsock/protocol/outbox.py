@@ -18,9 +18,6 @@ SlowConsumers = Literal["close", "drop_newest", "drop_oldest"]
 #: What is joined into one write: more does not pay, less costs system calls.
 CHUNK = 64 * 1024
 
-#: What is cut out of a partly written frame for one write: the kernel may take much at once.
-HEAD_CHUNK = 256 * 1024
-
 #: The frames of who always read: an empty deque for each connection would cost 0.7 KiB.
 _NOTHING: deque[bytes] = deque(maxlen=0)
 
@@ -178,10 +175,10 @@ class Outbox:
         self._head_sent = 0
         self.size = 0
 
-    def next_chunk(self) -> bytes:
+    def next_chunk(self) -> bytes | memoryview:
         """Bytes to hand to the kernel now; tell `wrote` how many it took. Empty when done."""
         if self._head:
-            return self._head[self._head_sent : self._head_sent + HEAD_CHUNK]
+            return memoryview(self._head)[self._head_sent :]
         parts: list[bytes] = []
         size = 0
         for frame in self._frames:
