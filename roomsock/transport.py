@@ -17,7 +17,7 @@ import socket
 import ssl
 import sys
 import termios
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import closing, suppress
 from contextvars import Context
 from itertools import repeat
@@ -147,36 +147,37 @@ class Watch:
 
     def __init__(self, make: Callable[[], Any] = make_poller) -> None:
         self._poller = make()
-        self._readers: dict[int, Callable[[], None]] = {}
+        self.transports: dict[int, Any] = {}
+        self.poll: Callable[[float, int], list[tuple[int, int]]] = self._poller.poll
         self.fileno: Callable[[], int] = self._poller.fileno
 
-    def add(self, fd: int, reader: Callable[[], None]) -> None:
-        """Call a reader whenever there is something, until it is removed."""
+    def add(self, fd: int, transport: SocketTransport) -> None:
+        """Call a transport whenever there is something, until it is removed."""
         self._poller.register(fd, selectors.EVENT_READ)  # as a number the same as EPOLLIN
-        self._readers[fd] = reader
+        self.transports[fd] = transport  # not its method, which would be an object for each
 
     def remove(self, fd: int) -> None:
         """Let go of a socket, before it is closed."""
         with suppress(KeyError, OSError):  # closed already: something has ended the server
-            del self._readers[fd]
+            del self.transports[fd]
             self._poller.unregister(fd)
 
     def call_back(self) -> bool:
-        """Call the readers of all sockets that have something now; whether there were any."""
-        readers = self._readers
-        ready = self._poller.poll(0, len(readers) or 1)
+        """Have all go on that have something now; whether there were any."""
+        transports = self.transports
+        ready = self.poll(0, len(transports) or 1)
         for fd, _ in ready:
-            reader = readers.get(fd)
-            if reader is not None:  # not removed by one before it
+            transport = transports.get(fd)
+            if transport is not None:  # not removed by one before it
                 try:
-                    reader()
+                    transport._readable()
                 except Exception:  # a mistake of ours must cost that connection alone
-                    logger.exception("%r raised", reader)
+                    logger.exception("reading a connection failed")
         return bool(ready)
 
     def close(self) -> None:
         """Let go of all sockets."""
-        self._readers.clear()
+        self.transports.clear()
         self._poller.close()
 
 
@@ -220,17 +221,12 @@ class SocketTransport:
         except OSError:  # reset by the peer: an end like any other
             return None if self.closed else b""
 
-    def _readable(self) -> None:
-        """Have who waits go on. If nobody does, leave the bytes to the kernel, which holds the peer
-        back. Only for the event loop, which runs no task then."""
-        raise NotImplementedError
-
     def _register(self) -> None:
         if self.closed:  # nothing will come
             self.wake_soon()
             return
         self._registered = True
-        self._watch.add(self._sock.fileno(), self._readable)
+        self._watch.add(self._sock.fileno(), self)
 
     def _unregister(self) -> None:
         if self._registered:
@@ -330,6 +326,8 @@ class AsyncioTransport(SocketTransport):
         return self
 
     def _readable(self) -> None:
+        """Have who waits go on. If nobody does, leave the bytes to the kernel, which holds the peer
+        back. Only for the event loop, which runs no task then."""
         resume = self._waiter
         if resume is None:
             self._unregister()
@@ -397,8 +395,10 @@ class TrioTransport(SocketTransport):
         """See `Transport`."""
         if not self._registered:
             self._register()
-        loop = self._loop
-        self._waiter = task = loop.lowlevel.current_task()
+        loop, task = self._loop, self._waiter
+        # Who read before mostly reads again. To ask trio who runs is 3 % of an echo.
+        if task is None or not task.coro.cr_running:
+            self._waiter = task = loop.lowlevel.current_task()
         task.custom_sleep_data = self  # trio clears it when it has the task go on
         return loop.sleep
 
@@ -413,13 +413,6 @@ class TrioTransport(SocketTransport):
             return None
         except OSError:
             return None if self.closed else b""
-
-    def _readable(self) -> None:
-        task, loop = self._waiter, self._loop
-        if task is not None and task.custom_sleep_data is self:
-            loop.lowlevel.reschedule(task, loop.has_input)
-        else:
-            self._unregister()
 
     def wake(self) -> None:
         """See `Transport`."""
@@ -635,7 +628,7 @@ class TrioEventLoop:
         self.watch: Watch
         self._token = token
         self._callbacks: list[Callable[[], None]] = []
-        self._found = False  # somebody goes on in this pass
+        self._found: Sequence[object] = ()  # who goes on in this pass
         self._asleep = False  # trio waits for input, unless a task is ready
         self._parked: trio.lowlevel.Task | None = None
         self._failure: BaseException | None = None  # ends `run`
@@ -687,9 +680,19 @@ class TrioEventLoop:
                     callback()
                 except Exception:  # as asyncio does: it must not cost the server its ticks
                     logger.exception("%r raised", callback)
-            self._found = self.watch.call_back()
+            # `Watch.call_back`, without a call for each read (2 % of an echo)
+            transports, reschedule = self.watch.transports, self.lowlevel.reschedule
+            has_input = self.has_input
+            self._found = ready = self.watch.poll(0, len(transports) or 1)
+            for fd, _ in ready:
+                transport = transports[fd]
+                task = transport._waiter
+                if task is not None and task.custom_sleep_data is transport:
+                    reschedule(task, has_input)
+                else:  # nobody reads
+                    transport._unregister()
         except BaseException as error:  # trio would log it, and call this never again
-            self._failure, self._found = error, False
+            self._failure, self._found = error, ()
             self._unpark()
 
     def _unpark(self) -> None:

@@ -113,7 +113,7 @@ class WebSocket:
         params: Mapping[str, Any],
         rooms_limit: int,
     ) -> None:
-        self.id = urandom(8).hex()  # not by secrets: five calls for the same
+        self.id = urandom(9).hex()  # not by secrets: five calls for the same
         self.path = request.path
         self.params = params
         self.request = request

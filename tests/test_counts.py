@@ -69,13 +69,13 @@ class Most(NamedTuple):
 #: ``pytest tests/test_counts.py -rP | grep measured`` on both, best on a busy machine, too. An
 #: optimisation lowers its bound; whatever raises one has to be worth it.
 MOST = {
-    "asyncio": Most(Cost(20.0, 44), Cost(4.8, 6.3), Cost(1.3, 2.1), Cost(0.42, 0.5), 44, 5_900),
-    "uvloop": Most(Cost(20.0, 24), Cost(4.8, 5.6), Cost(1.3, 1.7), Cost(0.42, 0.5), 44, 5_900),
-    "trio": Most(Cost(28.1, 115), Cost(5.0, 7.8), Cost(1.5, 3.5), Cost(0.42, 0.7), 45, 5_800),
+    "asyncio": Most(Cost(18.5, 42), Cost(4.8, 6.3), Cost(1.3, 2.1), Cost(0.42, 0.5), 38, 5_300),
+    "uvloop": Most(Cost(18.5, 23), Cost(4.8, 5.6), Cost(1.3, 1.7), Cost(0.42, 0.5), 38, 5_300),
+    "trio": Most(Cost(24.5, 110), Cost(5.0, 7.8), Cost(1.5, 3.5), Cost(0.42, 0.7), 39, 5_300),
 }
 
 #: The same for each connection that is opened, and closed by its client.
-MOST_OF_A_VISIT = {"asyncio": Cost(168, 451), "uvloop": Cost(168, 349), "trio": Cost(187, 626)}
+MOST_OF_A_VISIT = {"asyncio": Cost(171, 451), "uvloop": Cost(171, 349), "trio": Cost(184, 626)}
 
 #: Python functions that a round of housekeeping calls for each idle connection.
 HOUSEKEEPING = 1

@@ -8,6 +8,7 @@ import gc
 import itertools
 import logging
 import os
+import selectors
 import socket
 import ssl
 import struct
@@ -16,6 +17,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -77,6 +80,14 @@ async def arrived(peer: socket.socket) -> bytes:
         return peer.recv(READ_SIZE)
 
 
+def look(loop: Any) -> None:
+    """Have the event loop call for those who have something now."""
+    if isinstance(loop, TrioEventLoop):
+        loop.after_io_wait(0)
+    else:
+        loop.watch.call_back()
+
+
 def on_asyncio(main: Callable[[EventLoop], Awaitable[None]], *, use_uvloop: bool) -> None:
     """Run a test beside what an event loop needs to run."""
 
@@ -114,6 +125,11 @@ async def drain(peer: socket.socket, size: int) -> None:
 # Watching
 
 
+def calling(function: Callable[[], None]) -> Any:
+    """What a watch calls for a transport."""
+    return SimpleNamespace(_readable=function)
+
+
 @pytest.mark.parametrize("make", [make_poller, Poller])
 def test_a_watch_calls_for_those_who_have_something(
     make: Callable[[], Any], sockets: list[socket.socket], caplog: pytest.LogCaptureFixture
@@ -134,7 +150,7 @@ def test_a_watch_calls_for_those_who_have_something(
         return read
 
     for number, (ours, peer) in enumerate(pairs):
-        watch.add(ours.fileno(), reader(number))
+        watch.add(ours.fileno(), calling(reader(number)))
         if number < 3:
             peer.send(b"x")
     watch.remove(pairs[1][0].fileno())
@@ -168,7 +184,7 @@ def test_who_is_removed_by_the_one_before_is_not_called(
             for each, _ in pairs:
                 watch.remove(each.fileno())
 
-        watch.add(ours.fileno(), remove_all)
+        watch.add(ours.fileno(), calling(remove_all))
         peer.send(b"x")
     assert watch.call_back()
     assert not watch.call_back()
@@ -553,7 +569,7 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
             nursery.start_soon(loop.run)
             await trio.testing.wait_all_tasks_blocked()
             transport = loop.transport(ours)
-            registered = loop.watch._readers
+            registered = loop.watch.transports
             with trio.CancelScope() as scope:
                 nursery.start_soon(trio.testing.wait_all_tasks_blocked)
                 scope.cancel()
@@ -565,7 +581,7 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
             assert len(registered) == 1
 
             with trio.CancelScope() as scope:
-                nursery.start_soon(transport_is_read_and_cancelled, transport, peer, scope)
+                nursery.start_soon(transport_is_read_and_cancelled, loop, peer, scope)
                 assert await transport.receive() == b"two"
             transport.close()
             assert await transport.receive() is None
@@ -573,11 +589,11 @@ def test_on_trio_input_that_nobody_reads_or_that_meets_a_cancellation_is_not_los
         peer.close()
 
     async def transport_is_read_and_cancelled(
-        transport: SocketTransport, peer: socket.socket, scope: trio.CancelScope
+        loop: TrioEventLoop, peer: socket.socket, scope: trio.CancelScope
     ) -> None:
         await trio.testing.wait_all_tasks_blocked()
         peer.send(b"two")
-        transport._readable()  # what the loop would call now: the task has not had its turn
+        look(loop)  # the task has not had its turn
         scope.cancel()
 
     trio.run(main)
@@ -606,7 +622,7 @@ def test_on_trio_what_comes_first_ends_a_wait(first: str, then: str) -> None:
             await trio.testing.wait_all_tasks_blocked()
             peer.send(b"x")
             ways: dict[str, Callable[[], object]] = {
-                "readable": transport._readable,
+                "readable": partial(look, loop),
                 "cancelled": scope.cancel,
                 "woken": transport.wake,
                 "closed": transport.close,
@@ -626,9 +642,44 @@ def test_on_trio_what_comes_first_ends_a_wait(first: str, then: str) -> None:
     trio.run(main)
 
 
-async def test_a_call_for_nothing_is_no_end(connect: Callable[[], Pair], loop: EventLoop) -> None:
+async def test_any_task_may_read_next(connect: Callable[[], Pair]) -> None:
+    """Who read before goes on with what it waits for now, and may read again."""
     transport, peer = connect()
     got: list[bytes | None] = []
+    has_read, again = anyio.Event(), anyio.Event()
+
+    async def receive() -> None:
+        got.append(await received(transport))
+        has_read.set()
+        await again.wait()
+        got.append(await received(transport))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(receive)
+        peer.send(b"one")
+        await has_read.wait()
+        with anyio.move_on_after(0):
+            await transport.receive()
+        peer.send(b"two")
+        got.append(await received(transport))
+        again.set()
+        await anyio.wait_all_tasks_blocked()
+        peer.send(b"three")
+    assert got == [b"one", b"two", b"three"]
+    transport.close()
+
+
+async def test_a_call_for_nothing_is_no_end(
+    connect: Callable[[], Pair], loop: EventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, peer = connect()
+    got: list[bytes | None] = []
+
+    def call_for_nothing() -> None:
+        everyone = [(fd, selectors.EVENT_READ) for fd in transport._watch.transports]
+        with monkeypatch.context() as patch:
+            patch.setattr(transport._watch, "poll", lambda *_: everyone)
+            look(loop)
 
     async def receive() -> None:
         while not (got and got[-1]):
@@ -638,7 +689,7 @@ async def test_a_call_for_nothing_is_no_end(connect: Callable[[], Pair], loop: E
         tg.start_soon(receive)
         await anyio.wait_all_tasks_blocked()
         for _ in range(2):
-            loop.call_soon(transport._readable)
+            loop.call_soon(call_for_nothing)
             await anyio.wait_all_tasks_blocked()
         assert got == [None, None]
         peer.send(b"x")
@@ -651,17 +702,18 @@ async def test_the_registration_is_kept_while_somebody_reads_and_dropped_otherwi
 ) -> None:
     calls = 0
 
-    def count(self: SocketTransport) -> None:
+    def count(*args: Any) -> list[tuple[int, int]]:
         nonlocal calls
-        calls += 1
-        readable(self)
+        ready: list[tuple[int, int]] = poll(*args)
+        calls += len(ready)
+        return ready
 
     ours, peer = socket.socketpair()
     sockets.extend((ours, peer))
     ours.setblocking(False)
     transport = loop.transport(ours)
-    readable = type(transport)._readable
-    monkeypatch.setattr(type(transport), "_readable", count)
+    poll = transport._watch.poll
+    monkeypatch.setattr(transport._watch, "poll", count)
     for number in range(1, 4):
         peer.send(b"x")
         assert await received(transport) == b"x"
@@ -1246,7 +1298,7 @@ def test_what_nobody_handles_on_trio_ends_the_server(
                     monkeypatch.setattr("roomsock.transport.logger.exception", fails)
                 elif what == "the poller":
                     await trio.testing.wait_all_tasks_blocked()
-                    monkeypatch.setattr(loop.watch, "call_back", fails)
+                    monkeypatch.setattr(loop.watch, "poll", fails)
                 loop.call_soon(broken)
                 await trio.sleep_forever()
 
