@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_utf8 = str.encode  # of a str only
+
 
 class Incoming(Protocol):
     """What a client has sent."""
@@ -273,7 +275,10 @@ class WebSocket:
         if get_ident() != self._registry.thread:
             self._registry.check_thread()
         send = self._send  # to look it up as a method would take longer
-        return send(TEXT, text.encode() if isinstance(text, str) else encode_text(text))
+        try:
+            return send(TEXT, _utf8(text))
+        except TypeError:
+            return send(TEXT, encode_text(text))  # which says what it takes
 
     def send_bytes(self, data: bytes) -> Pace:
         """Send a binary message to this client; raises `ConnectionClosed` when it is closed."""
