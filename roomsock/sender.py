@@ -32,8 +32,8 @@ logger = logging.getLogger("roomsock")
 JOIN_BYTES = 64 * 1024
 JOIN_FRAMES = 256
 
-#: A connection's task lets the others have their turn after so many messages handled, or sends
-#: that were awaited.
+#: A connection's task lets the others have their turn after so many messages handled, or with the
+#: first send that is awaited behind so many: a turn whose messages are all answered ends once.
 TURN_MESSAGES = 64
 
 #: The pace of who can send no more.
@@ -288,7 +288,7 @@ class Sender:
                 batch = self.batch = Batch()
             elif batch.sharers:
                 batch = batch.part(self)
-            if batch.append(frame) or len(batch.frames) >= TURN_MESSAGES:
+            if batch.append(frame) or len(batch.frames) > TURN_MESSAGES:
                 self._end_turn(batch)
 
     def _end_turn(self, batch: Batch) -> None:
@@ -327,7 +327,7 @@ class Sender:
         elif not batch.sharers:
             frames = batch.frames
             frames.append(frame)  # JOIN_FRAMES of them are not JOIN_BYTES
-            if len(frames) >= TURN_MESSAGES:
+            if len(frames) > TURN_MESSAGES:
                 self._end_turn(batch)
             return self._pace
         self.queue(frame)
