@@ -428,16 +428,25 @@ class TrioTransport(SocketTransport):
 class TLSTransport:
     """TLS over a socket transport, through memory: writes stay synchronous."""
 
-    __slots__ = ("_cipher_in", "_cipher_out", "_eof", "_raw", "_tls", "_unsent", "read_size")
+    __slots__ = ("_cipher_in", "_cipher_out", "_eof", "_raw", "_tls", "_unsent")
 
     def __init__(self, raw: SocketTransport, context: ssl.SSLContext) -> None:
         self._raw = raw
-        self.read_size = READ_SIZE
         self._cipher_in = ssl.MemoryBIO()
         self._cipher_out = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._cipher_in, self._cipher_out, server_side=True)
         self._unsent = b""
         self._eof = False
+
+    @property
+    def read_size(self) -> int:
+        """See `Transport`."""
+        return self._raw.read_size
+
+    @read_size.setter
+    def read_size(self, size: int) -> None:
+        """See `Transport`."""
+        self._raw.read_size = size
 
     @property
     def unsent(self) -> int:
@@ -465,7 +474,6 @@ class TLSTransport:
         """See `Transport`."""
         # The first bytes may have come together with the end of the TLS handshake.
         while not (plain := self._decrypt()) and not self._eof:
-            self._raw.read_size = self.read_size
             data = await self._raw.receive()
             if data is None:
                 return None

@@ -14,11 +14,11 @@ import ssl
 import struct
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from types import SimpleNamespace
+from types import SimpleNamespace, coroutine
 from typing import Any
 from weakref import WeakSet
 
@@ -927,18 +927,42 @@ async def test_one_read_gives_all_that_was_decrypted(
     transport.close()
 
 
+@coroutine
+def in_halves(transport: TLSTransport) -> Generator[Any, Any, bytes | None]:
+    return transport.read((yield transport.sleep()))
+
+
+@pytest.mark.parametrize("receive", [received, in_halves])
 async def test_what_is_read_at_once_is_asked_of_the_socket(
     secure: Callable[[], tuple[TLSTransport, Peer]],
+    receive: Callable[[TLSTransport], Awaitable[bytes | None]],
 ) -> None:
     transport, peer = secure()
     await shake(transport, peer)
     peer.tls.write(b"first")
     transport.read_size = peer.cipher_out.pending  # one record of TLS
+    peer.tls.write(b"again")
     peer.tls.write(b"second")
+    peer.tls.write(b"third")
     await peer.flush()
-    assert await received(transport) == b"first"
+    assert [await received(transport), await receive(transport)] == [b"first", b"again"]
     transport.read_size = READ_SIZE
-    assert await received(transport) == b"second"
+    assert await receive(transport) == b"secondthird"
+    transport.close()
+
+
+async def test_an_end_that_came_with_the_last_bytes_is_read_at_once(
+    secure: Callable[[], tuple[TLSTransport, Peer]],
+) -> None:
+    transport, peer = secure()
+    await shake(transport, peer)
+    peer.tls.write(b"last")
+    with pytest.raises(ssl.SSLWantReadError):
+        peer.tls.unwrap()  # says that nothing follows; the socket stays open
+    await peer.flush()
+    assert await in_halves(transport) == b"last"
+    with anyio.fail_after(PATIENCE):
+        assert await in_halves(transport) == b""
     transport.close()
 
 
