@@ -165,10 +165,13 @@ class Dispatcher:
         incoming = link.incoming
         receive = incoming.receive
         while True:
-            first = message = None  # who waits must not keep the last one
-            first = await receive()
-            for message in incoming.turn(first) if incoming.inbox else (first,):
+            message = due = None  # who waits must not keep the last one
+            message = await receive()
+            due = incoming.turn(message) if incoming.inbox else [message]
+            for message in due:
                 if decode is not None:
+                    if type(due) is list:
+                        due.clear()  # nor the text beside what it says
                     try:
                         message = decode(message)
                     except InvalidMessage as error:

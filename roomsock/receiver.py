@@ -37,7 +37,7 @@ RECEIVING, READING = 1, 2
 #: Read at once of a frame that is known to be so large.
 LARGE_READ_SIZE = 1024 * 1024
 
-_MORE = range(1, TURN_MESSAGES)
+_TURN = range(TURN_MESSAGES)
 
 
 #: The inbox of who never sent anything: an empty deque of its own would cost 0.7 KiB.
@@ -138,6 +138,7 @@ class Receiver:
                     yield from self._prepare().__await__()
                     continue
                 # `read` and `take` again, without these calls for every message
+                self._fed = 0
                 self._has_read = True
                 self.state = READING
                 data = transport.read((yield transport.sleep()))
@@ -177,18 +178,19 @@ class Receiver:
             self._pending = False
 
     def turn(self, first: str | bytes) -> Iterator[str | bytes]:
-        """This message, and those behind it that are due in the same turn."""
-        yield first
+        """This message, and those behind it that are due in the same turn. None of them is kept
+        while it is handled."""
         # `take` for each of them, without the call
         inbox, conn, flusher, ends = self.inbox, self._conn, self._flusher, self._turn_ends
-        for _ in _MORE:
+        inbox.appendleft(first)
+        del first
+        for _ in _TURN:
             if not inbox:
                 return
             if monotonic() > ends:
                 break
-            message = inbox.popleft()
-            flusher.backlog = True if inbox else conn.has_more
-            yield message
+            flusher.backlog = len(inbox) > 1 or conn.has_more
+            yield inbox.popleft()
         self._turn = TURN_MESSAGES
 
     def _begin_turn(self) -> None:
@@ -222,6 +224,7 @@ class Receiver:
             await self.read()
         finally:
             self._transport.read_size = READ_SIZE
+            self._fed = 0  # it is what was asked for
 
     async def take_over(self) -> None:
         """Have the task that reads ahead, if there is one, give reading back."""
@@ -299,6 +302,7 @@ class Receiver:
             for frame in conn.data_to_send():
                 self._sender.queue_urgent(frame)
         if self._stopped:
+            self._transport.wake()  # perhaps another task waits for what this one has read
             return
         self._pending = True
         for event in events:

@@ -372,7 +372,7 @@ def encode_text(text: str) -> bytes:
     """Text as UTF-8; a wrong type is the caller's mistake and told at once."""
     if not isinstance(text, str):
         raise TypeError(f"send_text takes str, not {type(text).__name__}")
-    return text.encode()
+    return str.encode(text)
 
 
 def encode_bytes(data: bytes) -> bytes:

@@ -297,6 +297,19 @@ class SocketTransport:
 _no_result: Callable[[], None] = repeat(None).__next__
 
 
+class _Cancelled:
+    """What a task is told instead of the transport when its wait was cancelled: by then another
+    task may wait for that one."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: asyncio.CancelledError) -> None:
+        self._error = error
+
+    def result(self) -> None:
+        raise self._error
+
+
 class AsyncioTransport(SocketTransport):
     """A plain socket on asyncio or uvloop.
 
@@ -308,14 +321,15 @@ class AsyncioTransport(SocketTransport):
         get_loop: See ``asyncio.Future``.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_context", "get_loop", "result")
+    __slots__ = ("_asyncio_future_blocking", "_context", "get_loop")
+
+    result = staticmethod(_no_result)
 
     def __init__(
         self, sock: socket.socket, watch: Watch, get_loop: Callable[[], asyncio.AbstractEventLoop]
     ) -> None:
         super().__init__(sock, watch)
         self.get_loop = get_loop
-        self.result: Callable[[], None] = _no_result
         self._asyncio_future_blocking = False
         self._context: Any = None  # of who waits
 
@@ -369,13 +383,8 @@ class AsyncioTransport(SocketTransport):
             return False
         # Whose cancellation it is stands in the message (anyio looks for its own).
         error = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
-
-        def result() -> None:
-            self.result = _no_result
-            raise error
-
-        self.result = result
-        self.wake()
+        self.get_loop().call_soon(self._waiter, _Cancelled(error), context=self._context)
+        self._waiter = None
         return True
 
 
@@ -694,7 +703,9 @@ class TrioEventLoop:
             has_input = self.has_input
             self._found = ready = self.watch.poll(0, len(transports) or 1)
             for fd, _ in ready:
-                transport = transports[fd]
+                transport = transports.get(fd)
+                if transport is None:
+                    continue
                 task = transport._waiter
                 if task is not None and task.custom_sleep_data is transport:
                     reschedule(task, has_input)

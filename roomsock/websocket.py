@@ -276,9 +276,10 @@ class WebSocket:
             self._registry.check_thread()
         send = self._send  # to look it up as a method would take longer
         try:
-            return send(TEXT, _utf8(text))
+            payload = _utf8(text)
         except TypeError:
-            return send(TEXT, encode_text(text))  # which says what it takes
+            payload = encode_text(text)  # which says what it takes
+        return send(TEXT, payload)
 
     def send_bytes(self, data: bytes) -> Pace:
         """Send a binary message to this client; raises `ConnectionClosed` when it is closed."""

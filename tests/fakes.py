@@ -121,7 +121,8 @@ class FakeLink:
         return self.arrived
 
     def turn(self, first: str | bytes) -> Iterator[str | bytes]:
-        yield first
+        self.arrived.appendleft(first)
+        del first
         while self.arrived:
             yield self.arrived.popleft()
 

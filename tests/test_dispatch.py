@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial, wraps
 from typing import Any
@@ -344,6 +345,22 @@ def test_messages_are_handled_in_order_whether_they_wait_or_not(arrived: int) ->
     conversation(endpoint(on_message=echo), link)
     assert seen == [("a", "blue"), ("b", "blue"), ("c", "blue")]
     assert (link.failures, link.crashes) == ([], [])
+
+
+@pytest.mark.parametrize("arrived", [0, 3])
+def test_the_text_is_not_kept_beside_what_it_says(arrived: int) -> None:
+    raw = f'["{"x" * 1000}"]'
+    kept: list[int] = []
+
+    def take(ws: WebSocket, message: list[str]) -> None:
+        kept.append(sys.getrefcount(raw))
+
+    link = FakeLink([raw], arrived=[raw] * arrived)
+    end = endpoint(on_json=take)
+    end.decoder = JsonDecoder(list[str])
+    conversation(end, link)
+    assert kept == [kept[0] - number for number in range(arrived + 1)]
+    assert kept[-1] == sys.getrefcount(raw)
 
 
 def test_each_message_is_handled_before_the_next_is_taken() -> None:

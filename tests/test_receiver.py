@@ -7,6 +7,7 @@ says about receiving, on real sockets and all event loops.
 from __future__ import annotations
 
 import socket
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from itertools import pairwise
@@ -394,6 +395,50 @@ async def test_what_is_read_at_once_is_as_little_as_ever_behind_half_a_large_fra
     if how == "cancelled":
         unit.wire.arrive(frame[100_000:])
         assert await unit.receive() == b"x" * 500_000
+
+
+async def test_what_the_handler_has_asked_for_is_not_what_was_read_ahead(
+    make: Callable[..., Unit],
+) -> None:
+    unit = make()
+    unit.wire.arrive(masked(0x82, b"x" * 900_000))
+    assert len(await unit.receive()) == 900_000
+    async with anyio.create_task_group() as tg:
+        await unit.be_busy(tg)
+        unit.wire.arrive(text("1"))
+        await settled()
+        assert list(unit.receiver.inbox) == ["1"]
+        tg.cancel_scope.cancel()
+
+
+async def test_who_gave_up_a_receive_is_read_ahead_for(make: Callable[..., Unit]) -> None:
+    unit = make(read_ahead=100)
+    unit.wire.arrive(text("x" * 200))
+    assert await unit.receive() == "x" * 200
+    with anyio.move_on_after(0):
+        await unit.receiver.receive()
+    async with anyio.create_task_group() as tg:
+        await unit.be_busy(tg)
+        assert unit.receiver.is_read
+        tg.cancel_scope.cancel()
+
+
+async def test_who_reads_behind_the_end_wakes_who_waits_for_it(make: Callable[..., Unit]) -> None:
+    unit = make()
+    unit.receiver.stop(discard=True)
+    wakes = unit.wire.wakes
+    unit.receiver.feed(close(1000))
+    assert unit.wire.wakes == wakes + 1
+
+
+async def test_a_turn_keeps_none_of_its_messages(make: Callable[..., Unit]) -> None:
+    unit = make()
+    unit.wire.arrive(text("a" * 1000) + text("b" * 1000) + text("c" * 1000))
+    turn = unit.receiver.turn(await unit.receive())
+    for letter in "abc":
+        message = next(turn)
+        assert message == letter * 1000
+        assert sys.getrefcount(message) == 2  # this name, and the call
 
 
 async def test_an_end_of_our_own_is_met_amid_a_large_frame_that_still_comes(

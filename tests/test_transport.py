@@ -504,6 +504,27 @@ def test_what_comes_behind_the_end_of_a_wait_is_for_the_next(
     on_asyncio(main, use_uvloop=use_uvloop)
 
 
+@pytest.mark.parametrize("use_uvloop", [False, True])
+def test_a_cancellation_is_its_own_tasks_although_another_waits_by_then(use_uvloop: bool) -> None:
+    async def main(loop: EventLoop) -> None:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        transport = loop.transport(ours)
+        first = asyncio.create_task(received(transport))
+        await anyio.wait_all_tasks_blocked()
+        second = asyncio.create_task(received(transport))
+        asyncio.get_running_loop().call_soon(look, loop)
+        peer.send(b"x")
+        first.cancel()  # has its turn behind the second's, and behind what is read by then
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert await second == b"x"
+        transport.close()
+        peer.close()
+
+    on_asyncio(main, use_uvloop=use_uvloop)
+
+
 def test_whose_cancellation_ends_a_wait_can_be_told() -> None:
     async def main(loop: EventLoop) -> None:
         ours, peer = socket.socketpair()

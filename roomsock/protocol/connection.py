@@ -10,6 +10,8 @@ Rules: RFC 6455, sections 5 (framing), 7 (closing) and 8.1 (UTF-8); RFC 7692 (co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from io import BytesIO
 from math import inf
 from struct import Struct
@@ -69,6 +71,13 @@ _SHORT = tuple(
     Struct(f"Bx4s{second - MASKED}s").unpack_from if MASKED <= second <= MASKED | 125 else None
     for second in range(256)
 )
+
+
+@lru_cache(maxsize=8)
+def _short_up_to(most: int) -> tuple[Callable[..., Any] | None, ...]:
+    return _SHORT[: MASKED + most + 1] + (None,) * (255 - MASKED - most)
+
+
 #: For longer ones: size of the header, least length, what gives first byte, length and key.
 _MEDIUM = 8, 126, Struct("!BxH4s").unpack_from
 _LONG = 14, 65536, Struct("!BxQ4s").unpack_from
@@ -114,7 +123,7 @@ class Connection:
 
         #: There is input that was not looked at yet: call `receive_more` before `receive_data`.
         self.has_more = False
-        #: What the last step returned are messages, at least one, and nothing is due.
+        #: What the last step returned are messages, at least one, and it made nothing due.
         self.only_messages = False
         #: Bytes that the last step has inflated, and what takes as long.
         self.inflated = 0
@@ -170,7 +179,12 @@ class Connection:
             self._discard(data, events)
             self.only_messages = False
             return events
-        self._parse(data, 0, events, now)
+        begun = self._tail or self._remaining or self._in_message or self._collect is not None
+        end = len(data)
+        anew = not (begun or self.has_more)
+        position = self._take_whole_frames(data, 0, end, events) if anew else 0
+        if position < end:
+            self._parse(data, position, events, now)
         if self._inflater is not None:
             self.inflated = self._inflater.inflated
         if self._rate_budget != inf:
@@ -242,13 +256,14 @@ class Connection:
         Returns:
             Where the first byte stands that it leaves to wsproto.
         """
-        # Where a frame can begin that is whole. A short one is not held against the limit.
-        last = end - 6 if self._limits.message >= 125 else -1
+        last = end - 6  # where a frame can begin that is whole
         if position > last:
             return position
+        limit = self._limits.message
+        short = _SHORT if limit >= 125 else _short_up_to(limit)
         for _ in _STEP:
             second = data[position + 1]
-            unpack = _SHORT[second]
+            unpack = short[second]
             if unpack is not None:
                 stop = position + second - 122  # no mask bit, but six bytes of header
                 if stop > end:
@@ -262,7 +277,8 @@ class Connection:
                 first, length, key = unpack(data, position)
                 stop = start + length
                 # A length that fits a shorter field is an error (5.2), which wsproto reports.
-                if stop > end or length < least or length > self._limits.message:
+                # (So is every length that `short` lacks.)
+                if stop > end or length < least or length > limit:
                     break
                 payload = data[start:stop]
             if first == _FINAL_TEXT:

@@ -622,6 +622,13 @@ def test_a_small_limit_holds_for_small_messages(limit: int) -> None:
         assert plain(events) == ["a" * limit, bytes(limit), Fails(1009)]
 
 
+@pytest.mark.parametrize("limit", [1, 124, 125, 126, 65_535, 65_536])
+def test_no_limit_has_messages_below_it_go_through_wsproto(limit: int) -> None:
+    conn = Connection(Limits(message=limit))
+    assert conn.receive_data(text("a" * limit) + text(""), NOW) == ["a" * limit, ""]
+    assert conn._wsproto is None
+
+
 # Words
 
 
