@@ -18,6 +18,7 @@ from workloads import Workload
 BUSY = 0.9  # the share of a core from which on the load may be what was measured
 OURS = "roomsock"
 FLOOR = "floor"
+FLOORS = ("floor epoll", "floor handler")
 NATIVE = {"picows": "Cython", "socketify": "C++"}  # servers that are not written in Python
 PACKAGES = (
     *("uvicorn", "starlette", "httptools", "hypercorn", "aiohttp", "tornado"),
@@ -168,7 +169,7 @@ def _summary(rows: list[Row], ours: str) -> str:
     }
     if not ours.endswith(" trio"):
         del kinds["best on trio"]
-    alone = [name for name in ("floor epoll", f"{OURS} asyncio") if name != ours]
+    alone = [name for name in (*FLOORS, f"{OURS} asyncio") if name != ours]
     lines = [
         f"**{ours}, how many times as good as the best**",
         "",

@@ -4,11 +4,11 @@
 #     [--workloads 'echo-*,json'] [--servers 'roomsock*,picows*'] [--rounds 5] [--seconds 1]
 #     [--out DIR] [--base NAME] [--quick] [--list] [--plot results.json]
 #
-# All of it takes some 45 minutes; --list says what there is. Every server has one core, the load
-# another. The rounds of a workload go through all servers, in another order each time, while the
-# others are stopped. Figures are medians of the rounds; a ratio is taken within each round: of
-# rates, or of the servers' CPU time (marked) where the load was the limit on either side. Prints
-# Markdown tables, and writes them with the raw figures and plots to DIR.
+# All of it takes some 50 minutes; --list says what there is. Every server has one core, the load
+# another; neither ever sleeps. The rounds of a workload go through all servers, in another order
+# each time, while the others are stopped. Figures are medians of the rounds; a ratio is taken
+# within each round: of rates, or of the servers' CPU time (marked) where the load was the limit on
+# either side. Prints Markdown tables, and writes them with the raw figures and plots to DIR.
 #
 # The exit code is 1 when a server lost, changed or reordered a message, or broke down; the tables
 # say so as well. --quick is a smoke test of half a minute: everything small, no figure means
@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -62,6 +62,10 @@ def _installed(module: str) -> bool:
         return False
 
 
+#: What the floor with handlers is one for.
+HANDLED = tuple(
+    w.name for w in WORKLOADS if w.kind in ("messages", "latency") and w.name != "echo-1m"
+)
 PEERS = (
     Peer("roomsock asyncio", "with_roomsock.py", "asyncio", quick=True),
     Peer("roomsock uvloop", "with_roomsock.py", "uvloop", ("uvloop",), quick=True),
@@ -90,7 +94,9 @@ PEERS = (
     Peer("trio-websocket trio", "with_trio_websocket.py", "trio", ("trio_websocket",)),
     Peer("picows uvloop", "with_picows.py", "uvloop", ("picows", "uvloop"), quick=True),
     Peer("socketify libuv", "with_socketify.py", "libuv", ("socketify",)),
-    Peer("floor epoll", "floor.py", "", quick=True, checked=False),
+    Peer("floor epoll", "floor.py", "epoll", quick=True, checked=False),
+    Peer("floor handler", "floor.py", "handler", quick=True, only=HANDLED),
+    Peer("floor handler-pure", "floor.py", "handler-pure", only=("echo-16k",)),
 )
 QUICK = (
     *("echo-1", "pipelined", "echo-16k", "json", "room-100", "room-100-20", "rooms-200"),
@@ -275,7 +281,8 @@ def measure_all(options: argparse.Namespace, out: Path) -> None:
     report.machine()  # its load before ours
     harness.raise_descriptor_limit()  # of the servers as well
     gc.disable()  # the load leaves no cycles worth a pause
-    run(workloads, peers, options.rounds, options.seconds, out, fresh=not options.quick)
+    with harness.kept_awake() if not options.quick else nullcontext():
+        run(workloads, peers, options.rounds, options.seconds, out, fresh=not options.quick)
 
 
 if __name__ == "__main__":

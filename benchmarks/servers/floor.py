@@ -1,16 +1,26 @@
-"""The floor: what the kernel and an epoll loop in Python cost without any WebSocket.
+"""The floors: what a server in Python costs at least. ``floor.py epoll|handler|handler-pure``
 
-It knows the one key that the load uses, takes the first frame of a sender as a pattern for all, and
-from then on counts bytes and writes that frame, encoded once. What arrives in one pass of the loop
-leaves in one write for each member. Nothing in Python that understands what it reads can be much
-cheaper.
+All know the one key that the load uses; what arrives in one pass of the loop leaves in one write
+for each member. ``epoll`` is the kernel and an epoll loop: it takes the first frame of a sender as
+a pattern for all, and from then on counts bytes and writes that frame, encoded once. ``handler``
+understands what it reads, and no more: it takes whole frames apart, unmasks them (``pure``: without
+the C routine), and awaits an ``async def`` with each message, which encodes the answer. No event
+loop, no task, no limit, no timeout, no check, no error: nobody could serve with it, and what has
+handlers in Python cannot be much cheaper. (Frames of a MiB take more care than it has: there it is
+no floor.)
 """
 
 import select
 import socket
+import sys
 from collections import defaultdict, deque
 
-from common import free_socket
+from common import decode, encode, free_socket
+
+if sys.argv[1:] == ["handler-pure"]:
+    sys.modules["websockets.speedups"] = None  # as if it were not installed
+
+from roomsock.protocol.frames import encode_frame, unmask
 
 ANSWER = (
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -78,11 +88,75 @@ class Client:
         return None if sent == len(data) else memoryview(data)[sent:]
 
 
+class Handling(Client):
+    """A client whose messages go to a handler."""
+
+    def __init__(self, sock):
+        super().__init__(sock)
+        self.parts = []  # of the frame that is arriving
+        self.frames = []
+
+    def takes(self, data):
+        if self.parts:
+            self.read += len(data)
+            self.parts.append(data)
+            if self.read < self.size:
+                return b""
+            data = b"".join(self.parts)
+            self.parts.clear()
+        messages = []
+        view = memoryview(data)
+        position, end = 0, len(data)
+        while position < end:
+            length = data[position + 1] & 127
+            start = position + 6
+            if length > 125:
+                start += 2 if length == 126 else 8
+                length = int.from_bytes(data[position + 2 : start - 4], "big")
+            stop = start + length
+            if stop > end:
+                self.size = stop - position
+                self.parts.append(data[position:])
+                break
+            messages.append(unmask(view[start:stop], data[start - 4 : start]))
+            position = stop
+        self.read = end - position
+        try:
+            self.handle(messages).send(None)
+        except StopIteration:
+            pass
+        frames, self.frames = self.frames, []
+        return b"".join(frames)
+
+    async def handle(self, messages):
+        if self.room == b"/json":
+            for message in messages:
+                await say(self, decode(message))
+        elif self.room == b"/binary":
+            for message in messages:
+                await binary(self, message)
+        else:
+            for message in messages:
+                await echo(self, message.decode())
+
+
+async def say(client, message):
+    client.frames.append(encode_frame(1, encode(message)))
+
+
+async def binary(client, data):
+    client.frames.append(encode_frame(2, data))
+
+
+async def echo(client, text):
+    client.frames.append(encode_frame(1, text.encode()))
+
+
 def accept():
     sock, _ = listener.accept()
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    clients[sock.fileno()] = Client(sock)
+    clients[sock.fileno()] = (Client if sys.argv[1:] == ["epoll"] else Handling)(sock)
     epoll.register(sock.fileno(), select.EPOLLIN)
 
 
