@@ -3,13 +3,15 @@
 The contract with the driver, three steps for every input: feed (`receive_data`, `receive_more`
 while `has_more`, or `handle_timeout` at `next_deadline`), write what `data_to_send` returns, then
 handle the events. Peer input never raises. wsproto is the authority on the protocol; in front of it
-stands a fast path that takes only whole, final, masked data frames while no message is in progress.
+stands a fast path that takes only final, masked data frames while no message is in progress: whole
+ones in place, others as `_PartialFrame`.
 
 Rules: RFC 6455, sections 5 (framing), 7 (closing) and 8.1 (UTF-8); RFC 7692 (compression).
 """
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable
 from functools import lru_cache
 from io import BytesIO
@@ -47,6 +49,7 @@ from .keepalive import Keepalive
 
 _FINAL_TEXT = FIN | TEXT
 _FINAL_BINARY = FIN | BINARY
+_FINAL = (_FINAL_TEXT, _FINAL_BINARY)
 _COMPRESSED_TEXT = FIN | RSV1 | TEXT
 _COMPRESSED_BINARY = FIN | RSV1 | BINARY
 _COMPRESSED = (_COMPRESSED_TEXT, _COMPRESSED_BINARY)
@@ -77,6 +80,9 @@ _SHORT = tuple(
 def _short_up_to(most: int) -> tuple[Callable[..., Any] | None, ...]:
     return _SHORT[: MASKED + most + 1] + (None,) * (255 - MASKED - most)
 
+
+#: The lengths that the field of a header of this size may give (5.2): the least that holds them.
+_LENGTHS = {2: range(126), 4: range(126, 2**16), 10: range(2**16, 2**63)}
 
 #: For longer ones: size of the header, least length, what gives first byte, length and key.
 _MEDIUM = 8, 126, Struct("!BxH4s").unpack_from
@@ -135,7 +141,7 @@ class Connection:
         # it had enough.
         self._tail = b""
         self._remaining = 0  # payload bytes that wsproto still expects for its current frame
-        self._collect: _LargeFrame | None = None
+        self._collect: _PartialFrame | None = None
         self._in_message = False  # between the first and the last frame of a fragmented message
         self._compressed = False  # the message is
         self._message_size = 0
@@ -201,7 +207,7 @@ class Connection:
 
     @property
     def missing(self) -> int:
-        """Bytes that are still to come of a binary frame; 0 where small reads are as good."""
+        """Bytes that are still to come of a frame; 0 where small reads are as good."""
         return 0 if self._collect is None else self._collect.missing
 
     def _parse(self, data: bytes, position: int, events: list[Event], now: float) -> None:
@@ -218,7 +224,7 @@ class Connection:
         end = len(data)
         while position < end and not self.close_received:
             if self._collect is not None:
-                position = self._collect_large(data, position, events)
+                position = self._collect_frame(data, position, events)
             elif self._remaining:
                 stop = min(end, position + self._remaining)
                 self._remaining -= stop - position
@@ -349,10 +355,14 @@ class Connection:
             empty = first == _CONTINUATION and data[position + 1] == MASKED
             if empty and self._in_message and start <= end:
                 return start  # it was counted, that is all; wsproto would take 20 us for it
-            if first == _FINAL_BINARY and not self._in_message and end < start + length:
-                self._collect = _LargeFrame.begin(data[position:start], length)
-                if self._collect is not None:
-                    return start
+            is_final = first in _FINAL and not self._in_message and start > header
+            if is_final and end < start + length and length in _LENGTHS[header - position]:
+                if end < start:  # the key is to come
+                    self._tail = data[position:]
+                    return end
+                key = data[header:start]
+                self._collect = _PartialFrame(key, length, is_text=first == _FINAL_TEXT)
+                return start
             self._in_message = not first & FIN
         stop = min(end, start + length)
         self._remaining = start + length - stop
@@ -383,14 +393,18 @@ class Connection:
     def _too_big(self) -> str:
         return f"message above {self._limits.message} bytes (Limits.message)"
 
-    def _collect_large(self, data: bytes, position: int, events: list[Event]) -> int:
-        """Gather a binary frame that did not fit one read, and unmask it once."""
+    def _collect_frame(self, data: bytes, position: int, events: list[Event]) -> int:
+        """Gather an unfragmented frame that did not fit one read."""
         frame = self._collect
         assert frame is not None
         stop = min(len(data), position + frame.missing)
-        frame.add(data[position:stop])
+        try:
+            frame.add(data[position:stop])
+        except UnicodeDecodeError:
+            self._fail_message(events, CloseCode.INVALID_DATA, compressed=False)
+            return stop
         if not frame.missing:
-            events.append(frame.payload())
+            events.append(frame.message())
             self._collect = None
         return stop
 
@@ -584,30 +598,34 @@ def _burst(rate: float) -> float:
     return max(1.0, rate * 10)
 
 
-#: A large frame is gathered in pieces of at least so many bytes.
+#: A frame is gathered in pieces of at least so many bytes.
 _PIECE = 4096
 
 
-class _LargeFrame:
-    """The payload of a binary frame on its way: kept masked until it is complete."""
+class _PartialFrame:
+    """The message of an unfragmented frame on its way: binary is kept masked until it is complete,
+    text is looked at as it comes, so that what is invalid fails at once (8.1)."""
 
-    __slots__ = ("_chunks", "_key", "missing")
+    __slots__ = ("_chunks", "_decoder", "_is_cut", "_key", "missing")
 
-    def __init__(self, key: bytes, length: int) -> None:
+    def __init__(self, key: bytes, length: int, *, is_text: bool) -> None:
         self._key = key
         self._chunks: list[bytes] = [b""]
+        self._decoder = getincrementaldecoder("utf-8")() if is_text else None
+        self._is_cut = False  # the last character so far
         self.missing = length
 
-    @classmethod
-    def begin(cls, header: bytes, length: int) -> _LargeFrame | None:
-        """None unless the header is whole and flawless: what is wrong with it, wsproto says."""
-        size, least, most = (8, 126, 2**16) if header[1] == MASKED | 126 else (14, 2**16, 2**63)
-        if len(header) != size or not header[1] & MASKED or not least <= length < most:
-            return None
-        return cls(header[-4:], length)
-
     def add(self, chunk: bytes) -> None:
+        """Take what has come of it; raises UnicodeDecodeError."""
         self.missing -= len(chunk)
+        if self._decoder is not None:
+            turned = len(chunk) % 4
+            chunk = unmask(chunk, self._key)
+            self._key = self._key[turned:] + self._key[:turned]
+            if self._is_cut or not chunk.isascii():
+                # Not kept: one character may make all others take four bytes.
+                self._decoder.decode(chunk, not self.missing)
+                self._is_cut = bool(self._decoder.getstate()[0])
         # A buffer that grows would copy all of it again and again; a frame that comes in tiny
         # pieces must not cost an object for each.
         if len(self._chunks[-1]) < _PIECE:
@@ -615,5 +633,7 @@ class _LargeFrame:
         else:
             self._chunks.append(chunk)
 
-    def payload(self) -> bytes:
-        return unmask(b"".join(self._chunks), self._key)
+    def message(self) -> str | bytes:
+        """All of it, when nothing is missing."""
+        data = b"".join(self._chunks)
+        return unmask(data, self._key) if self._decoder is None else data.decode()

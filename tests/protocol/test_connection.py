@@ -753,33 +753,48 @@ def test_a_flawless_close_makes_no_wsproto_connection(data: bytes) -> None:
     assert conn._wsproto is None
 
 
-@pytest.mark.parametrize(("size", "header"), [(126, 8), (2**16 - 1, 8), (2**16, 14)])
-def test_a_large_frame_whose_key_is_split_goes_to_wsproto_with_the_same_result(
-    size: int, header: int
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+@pytest.mark.parametrize(("size", "header"), [(5, 6), (125, 6), (126, 8), (65535, 8), (65536, 14)])
+def test_a_frame_that_comes_in_two_reads_makes_no_wsproto_connection(
+    opcode: int, size: int, header: int
 ) -> None:
-    payload = (bytes(range(256)) * 257)[:size]
-    data = frame(BINARY, payload)
-    for cut in range(1, 20):
+    payload = b"x" * (size - 5) + "\u00e4\u20ac".encode()
+    expected = payload.decode() if opcode == TEXT else payload
+    data = frame(opcode, payload)
+    for cut in {*range(1, 20), *range(len(data) - 5, len(data))} & set(range(len(data))):
         conn = Connection(LIMITS, now=NOW)
         feed(conn, [data[:cut]])
         assert (conn._collect is not None) == (cut >= header)
-        assert feed(conn, [data[cut:] + text("next")])[0] == [payload, "next"]
+        assert feed(conn, [data[cut:] + text("next")])[0] == [expected, "next"]
+        assert conn._wsproto is None
 
 
-def test_what_is_missing_of_a_large_binary_frame_is_known() -> None:
+def test_an_unmasked_or_oddly_long_frame_that_comes_in_two_reads_fails() -> None:
+    for front in (
+        b"\x81\x09" + b"x" * 8,
+        b"\x82\x7e\x01\x2c" + b"x" * 299,
+        b"\x82\xfe\x00\x7d" + b"key!" + b"x",  # 125 in two bytes (5.2)
+        b"\x81\xff" + (65535).to_bytes(8, "big") + b"key!" + b"x",
+    ):
+        for chunks in chunkings(front):
+            assert plain(run(chunks)[0]) == [Fails(1002)]
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_what_is_missing_of_a_frame_is_known(opcode: int) -> None:
     conn = Connection(LIMITS, now=NOW)
-    data = frame(BINARY, bytes(70_000))
+    data = frame(opcode, bytes(70_000))
     assert conn.missing == 0
     feed(conn, [data[:13]])  # without all of its key
     assert conn.missing == 0
     feed(conn, [data[13:20]])
-    assert conn.missing == 0  # wsproto has it
+    assert conn.missing == 70_000 - 6
     feed(conn, [data[20:], data[:20]])
     assert conn.missing == 70_000 - 6
     feed(conn, [data[20:-1]])
     assert conn.missing == 1
-    feed(conn, [data[-1:] + frame(TEXT, bytes(70_000))[:20]])
-    assert conn.missing == 0
+    feed(conn, [data[-1:] + frame(TEXT, bytes(70_000), fin=False)[:20]])
+    assert conn.missing == 0  # wsproto has it
 
 
 def test_nothing_is_missing_after_the_end() -> None:
