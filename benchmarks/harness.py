@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LOOPS = ("asyncio", "uvloop", "trio")
-TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 #: No server outlives a benchmark that was killed by more than this, in seconds.
 SERVER_LIFE = 3600

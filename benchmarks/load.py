@@ -59,8 +59,9 @@ _ALPHABET = bytes(random.Random(1).choices(b"abcdefghijklmnopqrstuvwxyz ", k=102
 class Stream:
     """The bytes that a sender sends and gets back: the same numbered messages over and over."""
 
-    def __init__(self, payload: Callable[[int, int, int], bytes], sender: int, size: int) -> None:
-        opcode = 2 if size > 4096 else harness.TEXT
+    def __init__(
+        self, payload: Callable[[int, int, int], bytes], sender: int, size: int, opcode: int
+    ) -> None:
         count = max(4, min(256, (1 << 18) // size))
         payloads = [payload(sender, number, size) for number in range(count)]
         header = harness.server_header(len(payloads[0]), opcode)

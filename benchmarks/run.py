@@ -63,9 +63,7 @@ def _installed(module: str) -> bool:
 
 
 #: What the floor with handlers is one for.
-HANDLED = tuple(
-    w.name for w in WORKLOADS if w.kind in ("messages", "latency") and w.name != "echo-1m"
-)
+HANDLED = tuple(w.name for w in WORKLOADS if w.kind in ("messages", "latency") and w.size < 1 << 20)
 PEERS = (
     Peer("roomsock asyncio", "with_roomsock.py", "asyncio", quick=True),
     Peer("roomsock uvloop", "with_roomsock.py", "uvloop", ("uvloop",), quick=True),

@@ -70,6 +70,7 @@ WORKLOADS = (
     Workload("pipelined", "echo, 10 x 64 in flight", "echo", connections=10, in_flight=64),
     Workload("echo-16k", "echo, 16 KiB", "echo", path="/binary", connections=10, size=16 << 10),
     Workload("echo-1m", "echo, 1 MiB", "echo", path="/binary", connections=4, size=1 << 20),
+    Workload("text-1m", "echo of text, 1 MiB", "echo", connections=4, size=1 << 20),
     Workload("json", "typed JSON echo", "echo", path="/json", connections=100, size=160),
     Workload("room-100", "room of 100", "rooms", path="/room", connections=100),
     Workload("room-1000", "room of 1,000", "rooms", path="/room", connections=1000),
@@ -122,14 +123,15 @@ def measure(workload: Workload, server: Server, seconds: float) -> Result:
 
 def _open(workload: Workload, server: Server) -> Load:
     payload = load.json_text if workload.path == "/json" else load.text
+    opcode = harness.BINARY if workload.path == "/binary" else harness.TEXT
     count = workload.connections // workload.rooms
     if workload.path == "/room":
         paths = [f"/room/{n}" for n in range(workload.rooms) for _ in range(count)]
-        streams = [Stream(payload, n, workload.size) for n in range(workload.senders)]
+        streams = [Stream(payload, n, workload.size, opcode) for n in range(workload.senders)]
         rooms = [Room(streams, server.checked) for _ in range(workload.rooms)]
     else:
         paths = [workload.path] * count
-        streams = [Stream(payload, 0, workload.size)]
+        streams = [Stream(payload, 0, workload.size, opcode)]
         rooms = [Room(streams, server.checked) for _ in range(count)]
         count = 1
     socks = list(load.open_all(server.port, paths, harness.PLAIN_HEADERS))
