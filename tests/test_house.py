@@ -75,8 +75,8 @@ MEMBERS = {
 }
 
 #: In lines of code. 700 of them came with what strangers make necessary: bounded inflation, trusted
-#: proxies, a handshake checked in full; 330 with being fast.
-MOST_CODE = 5_330
+#: proxies, a handshake checked in full; 350 with being fast.
+MOST_CODE = 5_350
 LONGEST_FUNCTION = 60
 
 

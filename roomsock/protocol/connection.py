@@ -2,9 +2,9 @@
 
 The contract with the driver, three steps for every input: feed (`receive_data`, `receive_more`
 while `has_more`, or `handle_timeout` at `next_deadline`), write what `data_to_send` returns, then
-handle the events. Peer input never raises. wsproto is the authority on the protocol; in front of it
-stands a fast path that takes only final, masked data frames while no message is in progress: whole
-ones in place, others as `_PartialFrame`.
+handle the events. Peer input never raises. wsproto is the authority on the protocol: it inflates
+fragments, and says what is wrong. In front of it whole messages are taken in place, others gathered
+as `_PartialMessage`, as long as their frames are flawless.
 
 Rules: RFC 6455, sections 5 (framing), 7 (closing) and 8.1 (UTF-8); RFC 7692 (compression).
 """
@@ -49,12 +49,13 @@ from .keepalive import Keepalive
 
 _FINAL_TEXT = FIN | TEXT
 _FINAL_BINARY = FIN | BINARY
-_FINAL = (_FINAL_TEXT, _FINAL_BINARY)
 _COMPRESSED_TEXT = FIN | RSV1 | TEXT
 _COMPRESSED_BINARY = FIN | RSV1 | BINARY
 _COMPRESSED = (_COMPRESSED_TEXT, _COMPRESSED_BINARY)
 _CONTROL = 0x08
 _CONTINUATION = 0x00
+_FIRST_FRAMES = (TEXT, BINARY, FIN | TEXT, FIN | BINARY)
+_NEXT_FRAMES = (_CONTINUATION, FIN | _CONTINUATION)
 _REMOTE_CLOSING = ConnectionState.REMOTE_CLOSING
 
 #: One text for both, which a client can tell apart only by how its bytes were cut.
@@ -100,8 +101,8 @@ class Connection:
     """
 
     __slots__ = (
-        "_agreement", "_chunks", "_collect", "_compressed", "_in_message", "_inflater",
-        "_keepalive", "_limits", "_message_fragments", "_message_since", "_message_size", "_ping",
+        "_agreement", "_chunks", "_compressed", "_in_message", "_inflater", "_keepalive",
+        "_limits", "_message_fragments", "_message_since", "_message_size", "_partial", "_ping",
         "_plain", "_rate_budget", "_rate_since", "_remaining", "_tail", "_wsproto",
         "close_received", "close_sent", "due", "has_more", "inflated", "only_messages",
     )  # fmt: skip
@@ -141,7 +142,7 @@ class Connection:
         # it had enough.
         self._tail = b""
         self._remaining = 0  # payload bytes that wsproto still expects for its current frame
-        self._collect: _PartialFrame | None = None
+        self._partial: _PartialMessage | None = None
         self._in_message = False  # between the first and the last frame of a fragmented message
         self._compressed = False  # the message is
         self._message_size = 0
@@ -185,7 +186,7 @@ class Connection:
             self._discard(data, events)
             self.only_messages = False
             return events
-        begun = self._tail or self._remaining or self._in_message or self._collect is not None
+        begun = self._tail or self._remaining or self._in_message or self._partial is not None
         end = len(data)
         anew = not (begun or self.has_more)
         position = self._take_whole_frames(data, 0, end, events) if anew else 0
@@ -208,7 +209,7 @@ class Connection:
     @property
     def missing(self) -> int:
         """Bytes that are still to come of a frame; 0 where small reads are as good."""
-        return 0 if self._collect is None else self._collect.missing
+        return 0 if self._partial is None else self._partial.missing
 
     def _parse(self, data: bytes, position: int, events: list[Event], now: float) -> None:
         size = len(data) - 6
@@ -223,8 +224,8 @@ class Connection:
         frames = 0
         end = len(data)
         while position < end and not self.close_received:
-            if self._collect is not None:
-                position = self._collect_frame(data, position, events)
+            if self._partial is not None and self._partial.missing:
+                position = self._gather(data, position, events)
             elif self._remaining:
                 stop = min(end, position + self._remaining)
                 self._remaining -= stop - position
@@ -244,7 +245,7 @@ class Connection:
                     break
                 position = self._begin_frame(data, position, end, events)
                 frames += 1
-        incomplete = self._in_message or self._remaining > 0 or self._collect is not None
+        incomplete = self._in_message or self._remaining > 0 or self._partial is not None
         simple = self._agreement is None and self._rate_budget == inf
         busy = incomplete or self._tail or self.close_sent or self.close_received
         self._plain = simple and not busy
@@ -352,17 +353,21 @@ class Connection:
                 if not self.close_received:
                     self._fail(events, CloseCode.MESSAGE_TOO_BIG, excess)
                 return end
+            is_flawless = start > header and length in _LENGTHS[header - position]
+            if is_flawless and self._is_expected(first):
+                if end < start:  # the key is to come, then it is counted
+                    self._message_size -= length
+                    self._message_fragments -= 1
+                    self._tail = data[position:]
+                    return end
+                self._in_message = not first & FIN
+                if self._partial is None:
+                    self._partial = _PartialMessage(first & 0x0F)
+                self._partial.begin_frame(data[header:start], length, final=bool(first & FIN))
+                return self._gather(data, start, events)
             empty = first == _CONTINUATION and data[position + 1] == MASKED
             if empty and self._in_message and start <= end:
                 return start  # it was counted, that is all; wsproto would take 20 us for it
-            is_final = first in _FINAL and not self._in_message and start > header
-            if is_final and end < start + length and length in _LENGTHS[header - position]:
-                if end < start:  # the key is to come
-                    self._tail = data[position:]
-                    return end
-                key = data[header:start]
-                self._collect = _PartialFrame(key, length, is_text=first == _FINAL_TEXT)
-                return start
             self._in_message = not first & FIN
         stop = min(end, start + length)
         self._remaining = start + length - stop
@@ -393,19 +398,25 @@ class Connection:
     def _too_big(self) -> str:
         return f"message above {self._limits.message} bytes (Limits.message)"
 
-    def _collect_frame(self, data: bytes, position: int, events: list[Event]) -> int:
-        """Gather an unfragmented frame that did not fit one read."""
-        frame = self._collect
-        assert frame is not None
-        stop = min(len(data), position + frame.missing)
+    def _is_expected(self, first: int) -> bool:
+        """Whether a frame that begins so may come now, and is none of a compressed message."""
+        if self._in_message:
+            return first in _NEXT_FRAMES and self._partial is not None
+        return first in _FIRST_FRAMES
+
+    def _gather(self, data: bytes, position: int, events: list[Event]) -> int:
+        """Take what has come of a frame's payload."""
+        message = self._partial
+        assert message is not None
+        stop = min(len(data), position + message.missing)
         try:
-            frame.add(data[position:stop])
+            message.add(memoryview(data)[position:stop])
         except UnicodeDecodeError:
             self._fail_message(events, CloseCode.INVALID_DATA, compressed=False)
             return stop
-        if not frame.missing:
-            events.append(frame.message())
-            self._collect = None
+        if message.is_complete:
+            events.append(message.joined())
+            self._partial = None
         return stop
 
     def _feed_control(
@@ -439,6 +450,10 @@ class Connection:
             if self._agreement is not None:
                 extensions.append(self._own_inflater())
             self._wsproto = WSProtoConnection(ConnectionType.SERVER, extensions)
+        if self._partial is not None:
+            # It ends here, which wsproto can only tell of a message whose beginning it knows.
+            data = bytes((self._partial.opcode, MASKED, 0, 0, 0, 0)) + data
+            self._partial = None
         self._wsproto.receive_data(data)
         for event in self._wsproto.events():
             if isinstance(event, ws.Message):
@@ -522,7 +537,7 @@ class Connection:
         self.close_received = True
         self.only_messages = self._plain = self.has_more = False
         self._tail = b""
-        self._chunks = self._collect = None
+        self._chunks = self._partial = None
         self._message_since = inf
 
     # Output
@@ -598,42 +613,53 @@ def _burst(rate: float) -> float:
     return max(1.0, rate * 10)
 
 
-#: A frame is gathered in pieces of at least so many bytes.
+#: A message is gathered in pieces of at least so many bytes.
 _PIECE = 4096
 
 
-class _PartialFrame:
-    """The message of an unfragmented frame on its way: binary is kept masked until it is complete,
-    text is looked at as it comes, so that what is invalid fails at once (8.1)."""
+class _PartialMessage:
+    """A message on its way. Text is looked at as it comes, so that what is invalid fails at once
+    (8.1)."""
 
-    __slots__ = ("_chunks", "_decoder", "_is_cut", "_key", "missing")
+    __slots__ = ("_chunks", "_decoder", "_is_cut", "_is_final", "_key", "missing", "opcode")
 
-    def __init__(self, key: bytes, length: int, *, is_text: bool) -> None:
-        self._key = key
+    def __init__(self, opcode: int) -> None:
+        self.opcode = opcode
         self._chunks: list[bytes] = [b""]
-        self._decoder = getincrementaldecoder("utf-8")() if is_text else None
+        self._decoder = getincrementaldecoder("utf-8")() if opcode == TEXT else None
         self._is_cut = False  # the last character so far
+        self._key = b""
+        self._is_final = False
+        #: Bytes of the current frame that are to come.
+        self.missing = 0
+
+    def begin_frame(self, key: bytes, length: int, *, final: bool) -> None:
+        self._key = key
+        self._is_final = final
         self.missing = length
 
-    def add(self, chunk: bytes) -> None:
-        """Take what has come of it; raises UnicodeDecodeError."""
+    @property
+    def is_complete(self) -> bool:
+        return self._is_final and not self.missing
+
+    def add(self, masked: memoryview) -> None:
+        """Take bytes of the current frame; raises UnicodeDecodeError."""
+        turned = len(masked) % 4
+        chunk = unmask(masked, self._key)
+        self._key = self._key[turned:] + self._key[:turned]
         self.missing -= len(chunk)
-        if self._decoder is not None:
-            turned = len(chunk) % 4
-            chunk = unmask(chunk, self._key)
-            self._key = self._key[turned:] + self._key[:turned]
-            if self._is_cut or not chunk.isascii():
-                # Not kept: one character may make all others take four bytes.
-                self._decoder.decode(chunk, not self.missing)
-                self._is_cut = bool(self._decoder.getstate()[0])
-        # A buffer that grows would copy all of it again and again; a frame that comes in tiny
+        if self._decoder is not None and (self._is_cut or not chunk.isascii()):
+            # Not kept: one character may make all others take four bytes.
+            self._decoder.decode(chunk, self.is_complete)
+            self._is_cut = bool(self._decoder.getstate()[0])
+        # A buffer that grows would copy all of it again and again; a message that comes in tiny
         # pieces must not cost an object for each.
         if len(self._chunks[-1]) < _PIECE:
             self._chunks[-1] += chunk
         else:
             self._chunks.append(chunk)
 
-    def message(self) -> str | bytes:
-        """All of it, when nothing is missing."""
+    def joined(self) -> str | bytes:
+        """All of it."""
         data = b"".join(self._chunks)
-        return unmask(data, self._key) if self._decoder is None else data.decode()
+        return data if self._decoder is None else data.decode()

@@ -116,7 +116,7 @@ def frame_size(data: bytes, start: int) -> tuple[int, int]:
 XOR_BLOCK = 4096
 
 
-def unmask_in_python(payload: bytes, key: bytes) -> bytes:
+def unmask_in_python(payload: bytes | memoryview, key: bytes) -> bytes:
     """XOR the payload with the repeated four-byte key (5.3)."""
     length = len(payload)
     if length <= XOR_BLOCK:
@@ -131,7 +131,7 @@ def unmask_in_python(payload: bytes, key: bytes) -> bytes:
     return b"".join([*blocks, unmask_in_python(payload[rest:], key)])
 
 
-unmask: Callable[[bytes, bytes], bytes]
+unmask: Callable[[bytes | memoryview, bytes], bytes]
 try:  # the C routine of the `speed` extra: 0.09 us for 64 bytes, 22 us for 1 MiB
     from websockets.speedups import apply_mask as unmask
 except ImportError:

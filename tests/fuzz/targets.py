@@ -154,8 +154,8 @@ def fed(
 
 def check_kept(conn: Connection, limits: Limits) -> None:
     held = 0 if conn._chunks is None else conn._chunks.tell()
-    if conn._collect is not None:
-        held += sum(map(len, conn._collect._chunks))
+    if conn._partial is not None:
+        held += sum(map(len, conn._partial._chunks))
     if conn._wsproto is not None and not conn.close_received:
         assert len(conn._wsproto._proto._frame_decoder.buffer) < 14
     assert held <= limits.message

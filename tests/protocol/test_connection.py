@@ -104,14 +104,14 @@ def check_held(conn: Connection, limits: Limits) -> None:
     if conn.close_received:
         assert conn._tail == b""
         assert conn._chunks is None
-        assert conn._collect is None
+        assert conn._partial is None
         return
     assert len(conn._tail) < TAIL_SIZE
     assert wsproto_holds < 14  # a header without its key: payload goes through it at once
     held = 0 if conn._chunks is None else conn._chunks.tell()
-    if conn._collect is not None:
+    if conn._partial is not None:
         assert held == 0
-        held = sum(map(len, conn._collect._chunks))
+        held = sum(map(len, conn._partial._chunks))
     assert held <= limits.message
 
 
@@ -702,8 +702,8 @@ def test_a_message_in_tiny_reads_costs_little_more_than_its_bytes(opcode: int, f
     conn = Connection(limits, now=NOW)
     data = frame(opcode, b"xy" * 50_000, fin=fin)
     feed(conn, by_size(data[:-1], cycle([20, *[2] * 1000])), limits)
-    stores = [conn._chunks] if conn._collect is None else conn._collect._chunks
-    held = conn._chunks.tell() if conn._collect is None else sum(map(len, stores))
+    stores = [conn._chunks] if conn._partial is None else conn._partial._chunks
+    held = conn._chunks.tell() if conn._partial is None else sum(map(len, stores))
     assert 99_000 <= held <= 100_000
     # A byte each, and room to grow
     assert sum(store.__sizeof__() for store in stores) + stores.__sizeof__() < 200_000
@@ -764,9 +764,46 @@ def test_a_frame_that_comes_in_two_reads_makes_no_wsproto_connection(
     for cut in {*range(1, 20), *range(len(data) - 5, len(data))} & set(range(len(data))):
         conn = Connection(LIMITS, now=NOW)
         feed(conn, [data[:cut]])
-        assert (conn._collect is not None) == (cut >= header)
+        assert (conn._partial is not None) == (cut >= header)
         assert feed(conn, [data[cut:] + text("next")])[0] == [expected, "next"]
         assert conn._wsproto is None
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_flawless_fragments_make_no_wsproto_connection(opcode: int) -> None:
+    payload = ("x" * 300 + "\u00e4\u20ac\U0001f600").encode()
+    for cut in range(len(payload) - 10, len(payload) + 1):
+        pieces = payload[:1], b"", payload[1:cut], payload[cut:]
+        data = frame(opcode, pieces[0], fin=False)
+        data += frame(CONT, pieces[1], fin=False) + frame(PING, b"between")
+        data += frame(CONT, pieces[2], fin=False) + frame(CONT, pieces[3]) + text("next")
+        expected = payload.decode() if opcode == TEXT else payload
+        for chunks in chunkings(data):
+            conn = Connection(LIMITS, now=NOW)
+            assert feed(conn, chunks) == ([expected, "next"], [pong(b"between")])
+            assert conn._wsproto is None
+
+
+@pytest.mark.parametrize("begun", [frame(TEXT, b"a", fin=False), frame(BINARY, fin=False)])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (frame(TEXT, b"b"), "expected CONTINUATION, got <Opcode.TEXT: 1>"),
+        (frame(BINARY, fin=False), "expected CONTINUATION, got <Opcode.BINARY: 2>"),
+        (frame(CONT, b"b", rsv=4), "Reserved bit set unexpectedly"),
+        (frame(PING, b"b", fin=False), "Invalid attempt to fragment control frame"),
+        (b"\x80\x01b", "unexpected unmasked frame"),
+        (frame(3, b"b"), "Invalid opcode 0x3"),
+    ],
+)
+def test_what_is_wrong_within_a_message_is_said_by_wsproto(
+    begun: bytes, bad: bytes, reason: str
+) -> None:
+    for chunks in chunkings(begun + bad):
+        (event,), _ = run(chunks)
+        assert isinstance(event, Failed)
+        assert event.code == 1002
+        assert reason in event.reason
 
 
 def test_an_unmasked_or_oddly_long_frame_that_comes_in_two_reads_fails() -> None:
@@ -793,8 +830,13 @@ def test_what_is_missing_of_a_frame_is_known(opcode: int) -> None:
     assert conn.missing == 70_000 - 6
     feed(conn, [data[20:-1]])
     assert conn.missing == 1
-    feed(conn, [data[-1:] + frame(TEXT, bytes(70_000), fin=False)[:20]])
-    assert conn.missing == 0  # wsproto has it
+    first = frame(opcode, bytes(60_000), fin=False)
+    feed(conn, [data[-1:] + first[:-2]])
+    assert conn.missing == 2
+    feed(conn, [first[-2:]])
+    assert conn.missing == 0
+    feed(conn, [frame(CONT, bytes(5))[:-1]])
+    assert conn.missing == 1
 
 
 def test_nothing_is_missing_after_the_end() -> None:

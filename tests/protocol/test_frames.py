@@ -233,6 +233,8 @@ def test_both_ways_to_unmask_agree_around_the_bounds_of_blocks(blocks: int) -> N
     for size in range(max(bound - 9, 0), bound + 10):
         masked = unmask_in_python(payload[:size], key)
         assert masked == apply_mask(payload[:size], key) == naive[:size]
+        part = memoryview(b"-" + payload)[1 : size + 1]
+        assert unmask_in_python(part, key) == apply_mask(part, key) == masked
         assert type(masked) is bytes
 
 
