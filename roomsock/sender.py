@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -143,7 +144,7 @@ class Flusher:
                         if (sent := transport.send(frame)) != size or transport.unsent:
                             sender.refused((frame,), sent)
                     except OSError as error:
-                        sender.fail(error)
+                        sender.not_sent((frame,), error)
                 else:
                     sender.queue(frame)
             return
@@ -322,7 +323,7 @@ class Sender:
                     if (sent := transport.send(frame)) != len(frame) or transport.unsent:
                         self.refused((frame,), sent)
                 except OSError as error:
-                    self.fail(error)
+                    self.not_sent((frame,), error)
                 return self._pace
         elif not batch.sharers:
             frames = batch.frames
@@ -374,7 +375,7 @@ class Sender:
             if (sent := self.transport.send(data)) != len(data) or self.transport.unsent:
                 self.refused(frames or (data,), sent)
         except OSError as error:
-            self.fail(error)
+            self.not_sent(frames or (data,), error)
 
     def refused(self, frames: Sequence[bytes], sent: int) -> None:
         """The kernel took no more than the first bytes of these."""
@@ -382,6 +383,13 @@ class Sender:
         self.blocked = True
         self._pace = Pace(self.pace)
         self._owner.start_draining()
+
+    def not_sent(self, frames: Sequence[bytes], error: OSError) -> None:
+        """The kernel took nothing of these."""
+        if isinstance(error, BlockingIOError):
+            self.refused(frames, 0)
+        else:
+            self.fail(error)
 
     def _push(self, frame: bytes) -> None:
         if self._failed or self._finished:
@@ -421,12 +429,13 @@ class Sender:
                 await transport.wait_writable()
                 # A wake proves nothing: some loops wake the writer together with the reader.
                 self.progress += unsent - transport.unsent
-                while not transport.unsent and (chunk := outbox.next_chunk()):
-                    sent = transport.send(chunk)
-                    outbox.wrote(sent)
-                    self.progress += sent
-                    if sent < len(chunk):
-                        break
+                with suppress(BlockingIOError):
+                    while not transport.unsent and (chunk := outbox.next_chunk()):
+                        sent = transport.send(chunk)
+                        outbox.wrote(sent)
+                        self.progress += sent
+                        if sent < len(chunk):
+                            break
                 self.notify()
                 if not outbox and not transport.unsent:
                     self.blocked = self._failed

@@ -14,9 +14,9 @@ import ssl
 import struct
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import suppress
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import closing, suppress
+from contextvars import ContextVar, copy_context
 from functools import partial
 from types import SimpleNamespace, coroutine
 from typing import Any
@@ -32,6 +32,7 @@ from anyio.lowlevel import checkpoint
 from roomsock.transport import (
     ENCRYPT_SIZE,
     READ_SIZE,
+    AsyncioEventLoop,
     AsyncioTransport,
     EventLoop,
     Poller,
@@ -85,7 +86,7 @@ def look(loop: Any) -> None:
     if isinstance(loop, TrioEventLoop):
         loop.after_io_wait(0)
     else:
-        loop.watch.call_back()
+        loop.go_on()
 
 
 def on_asyncio(main: Callable[[EventLoop], Awaitable[None]], *, use_uvloop: bool) -> None:
@@ -110,8 +111,9 @@ async def received(transport: SocketTransport | TLSTransport) -> bytes | None:
 def fill(transport: SocketTransport) -> int:
     """Send until the kernel refuses; how much it took."""
     taken = 0
-    while sent := transport.send(b"\x00" * 65536):
-        taken += sent
+    with suppress(BlockingIOError):
+        while True:
+            taken += transport.send(bytes(READ_SIZE))
     return taken
 
 
@@ -125,71 +127,97 @@ async def drain(peer: socket.socket, size: int) -> None:
 # Watching
 
 
-def calling(function: Callable[[], None]) -> Any:
-    """What a watch calls for a transport."""
-    return SimpleNamespace(_readable=function)
+@pytest.fixture
+def watching() -> Iterator[Callable[[Callable[[], Any]], AsyncioEventLoop]]:
+    """Makes asyncio's part, with a watch of its own."""
+    with closing(asyncio.new_event_loop()) as loop:
+
+        def make(make_its_poller: Callable[[], Any]) -> AsyncioEventLoop:
+            event_loop = AsyncioEventLoop(loop)
+            event_loop.watch = Watch(make_its_poller)
+            return event_loop
+
+        yield make
+
+
+def waiting(function: Callable[[], None]) -> Any:
+    """A transport on asyncio whose reader calls this, and waits again."""
+    context = copy_context()
+
+    def resume(transport: Any) -> None:
+        transport._waiter = resume
+        function()
+
+    return SimpleNamespace(_waiter=resume, _context=context)
 
 
 @pytest.mark.parametrize("make", [make_poller, Poller])
-def test_a_watch_calls_for_those_who_have_something(
-    make: Callable[[], Any], sockets: list[socket.socket], caplog: pytest.LogCaptureFixture
+def test_who_has_something_goes_on(
+    make: Callable[[], Any],
+    watching: Callable[[Callable[[], Any]], AsyncioEventLoop],
+    sockets: list[socket.socket],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pairs = [socket.socketpair() for _ in range(4)]
     sockets += (sock for pair in pairs for sock in pair)
-    called: list[int] = []
-    watch = Watch(make)
-    assert not watch.call_back()
+    went_on: list[int] = []
+    loop = watching(make)
+    watch = loop.watch
+    loop.go_on()
     assert watch.fileno() > 0
 
     def reader(number: int) -> Callable[[], None]:
         def read() -> None:
-            called.append(number)
+            went_on.append(number)
             if number == 0:
                 raise ValueError("a mistake")
 
         return read
 
     for number, (ours, peer) in enumerate(pairs):
-        watch.add(ours.fileno(), calling(reader(number)))
+        watch.add(ours.fileno(), waiting(reader(number)))
         if number < 3:
             peer.send(b"x")
     watch.remove(pairs[1][0].fileno())
     for _ in range(2):
-        assert watch.call_back()
-        assert sorted(called) == [0, 2]
-        called.clear()
+        loop.go_on()
+        assert sorted(went_on) == [0, 2]
+        went_on.clear()
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
     for number in 0, 2:
         watch.remove(pairs[number][0].fileno())
-    assert not watch.call_back()
+    loop.go_on()
+    assert not went_on
     pairs[3][1].close()
-    assert watch.call_back()
-    assert called == [3]
+    loop.go_on()
+    assert went_on == [3]
     watch.close()
     watch.remove(pairs[3][0].fileno())
 
 
 @pytest.mark.parametrize("make", [make_poller, Poller])
-def test_who_is_removed_by_the_one_before_is_not_called(
-    make: Callable[[], Any], sockets: list[socket.socket]
+def test_who_is_removed_by_the_one_before_does_not_go_on(
+    make: Callable[[], Any],
+    watching: Callable[[Callable[[], Any]], AsyncioEventLoop],
+    sockets: list[socket.socket],
 ) -> None:
     pairs = [socket.socketpair() for _ in range(2)]
     sockets += (sock for pair in pairs for sock in pair)
-    called: list[socket.socket] = []
-    watch = Watch(make)
+    went_on: list[socket.socket] = []
+    loop = watching(make)
     for ours, peer in pairs:
 
         def remove_all(ours: socket.socket = ours) -> None:
-            called.append(ours)
+            went_on.append(ours)
             for each, _ in pairs:
-                watch.remove(each.fileno())
+                loop.watch.remove(each.fileno())
 
-        watch.add(ours.fileno(), calling(remove_all))
+        loop.watch.add(ours.fileno(), waiting(remove_all))
         peer.send(b"x")
-    assert watch.call_back()
-    assert not watch.call_back()
-    assert len(called) == 1
-    watch.close()
+    loop.go_on()
+    loop.go_on()
+    assert len(went_on) == 1
+    loop.watch.close()
 
 
 async def test_a_closed_transport_keeps_nobody_who_has_waited_for_it(
@@ -337,8 +365,7 @@ async def test_a_write_that_fails_first_hides_no_reset(connect: Callable[[], Pai
 async def test_what_the_peer_has_not_taken_is_known(connect: Callable[[], Pair]) -> None:
     transport, peer = connect()
     assert transport.unacknowledged() == 0
-    while transport.send(bytes(READ_SIZE)):
-        pass
+    fill(transport)
     before = transport.unacknowledged()
     assert before > 0
     with anyio.fail_after(PATIENCE):
@@ -357,8 +384,7 @@ async def test_who_knows_not_what_the_peer_has_taken_says_nothing(
 
     transport, _ = connect()
     monkeypatch.setattr("fcntl.ioctl", refuse)
-    while transport.send(bytes(READ_SIZE)):
-        pass
+    fill(transport)
     assert transport.unacknowledged() == 0
     transport.close()
 
@@ -490,7 +516,7 @@ def test_what_comes_behind_the_end_of_a_wait_is_for_the_next(
         else:
             peer.shutdown(socket.SHUT_WR)
         {"cancelled": task.cancel, "woken": transport.wake, "closed": transport.close}[how]()
-        transport._readable()  # what the loop would call now: the task has not had its turn
+        look(loop)  # what the loop would call now: the task has not had its turn
         if how == "cancelled":
             with pytest.raises(asyncio.CancelledError):
                 await task
