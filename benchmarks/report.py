@@ -89,7 +89,7 @@ class Row:
     def load_is_the_limit(self) -> bool:
         if not self.results:
             return False
-        if self.workload.kind == "latency":  # the load always looks, so its share says nothing
+        if self.workload.kind == "latency":  # sent at fixed times, or not
             return median(r.lag for r in self.results) > median(r.p99 for r in self.results) / 2
         return self.workload.kind != "memory" and median(r.load for r in self.results) > BUSY
 

@@ -5,10 +5,11 @@
 #     [--out DIR] [--base NAME] [--quick] [--list] [--plot results.json]
 #
 # All of it takes some 50 minutes; --list says what there is. Every server has one core, the load
-# another; neither ever sleeps. The rounds of a workload go through all servers, in another order
-# each time, while the others are stopped. Figures are medians of the rounds; a ratio is taken
-# within each round: of rates, or of the servers' CPU time (marked) where the load was the limit on
-# either side. Prints Markdown tables, and writes them with the raw figures and plots to DIR.
+# another; neither core ever sleeps, nor does the load. The rounds of a workload go through all
+# servers, in another order each time, while the others are stopped. Figures are medians of the
+# rounds; a ratio is taken within each round: of rates, or of the servers' CPU time (marked) where
+# the load was the limit on either side. Prints Markdown tables, and writes them with the raw
+# figures and plots to DIR.
 #
 # The exit code is 1 when a server lost, changed or reordered a message, or broke down; the tables
 # say so as well. --quick is a smoke test of half a minute: everything small, no figure means

@@ -151,7 +151,7 @@ def messages(workload: Workload, server: Server, seconds: float) -> Result:
     clients = _open(workload, server)
     try:
         clients.run_for(seconds * load.WARM_UP, workload.in_flight)
-        end = measuring(server.pid)
+        end = measuring(server.pid, clients)
         result = end(clients.run_for(seconds, workload.in_flight))
         return result._replace(note=clients.check())
     finally:
@@ -172,7 +172,7 @@ def latency(workload: Workload, server: Server, seconds: float) -> Result:
         rate = (clients.done() - before) / (time.perf_counter() - began) / 2
         _send_at(clients, rate, seconds * load.WARM_UP)
         clients.latencies = []
-        end = measuring(server.pid)
+        end = measuring(server.pid, clients)
         lags = _send_at(clients, rate, seconds * TAIL)
         result = end(len(lags))
         clients.drain()
@@ -196,7 +196,7 @@ def _send_at(clients: Load, rate: float, seconds: float) -> list[float]:
     for sent, sender in enumerate(itertools.cycle(clients.senders)):
         due = start + sent / rate
         while (late := time.perf_counter() - due) < 0:
-            clients.read(0, answer=False)
+            clients.read(answer=False)
         if due > start + seconds:
             return lags
         lags.append(late)

@@ -261,7 +261,7 @@ class Connection:
         """The fast path: decode whole unfragmented messages in place (1.5 us instead of 9.4).
 
         Returns:
-            Where the first byte stands that it leaves to wsproto.
+            Where the first byte stands that it leaves.
         """
         last = end - 6  # where a frame can begin that is whole
         if position > last:
