@@ -53,12 +53,12 @@ PLAIN_HEADERS = (
 
 def pin(pid: int, core: int) -> None:
     """Keep a process on one core, where there are several: server and load do not share one."""
-    cores = sorted(os.sched_getaffinity(0) | _ALL_CORES)
+    cores = sorted(os.sched_getaffinity(0) | CORES)
     if len(cores) > 1:
         os.sched_setaffinity(pid, {cores[core % len(cores)]})
 
 
-_ALL_CORES = os.sched_getaffinity(0)
+CORES = os.sched_getaffinity(0)
 
 
 def raise_descriptor_limit() -> int:
@@ -111,7 +111,7 @@ def kept_awake() -> Iterator[None]:
     minute to the next: it is what would be measured of who waits for single messages.
     """
     with ExitStack() as stack:
-        for core in sorted(_ALL_CORES)[:2] if hasattr(os, "SCHED_IDLE") else ():
+        for core in sorted(CORES)[:2] if hasattr(os, "SCHED_IDLE") else ():
             command = [sys.executable, "-c", SPIN, str(core)]
             spinning = subprocess.Popen(command, preexec_fn=_end_with_parent)
             stack.enter_context(spinning)

@@ -89,7 +89,7 @@ class Row:
     def load_is_the_limit(self) -> bool:
         if not self.results:
             return False
-        if self.workload.kind == "latency":  # sent at fixed times, or not
+        if self.workload.kind == "latency":  # it sends at fixed times: only being late limits it
             return median(r.lag for r in self.results) > median(r.p99 for r in self.results) / 2
         return self.workload.kind != "memory" and median(r.load for r in self.results) > BUSY
 

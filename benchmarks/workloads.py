@@ -196,7 +196,7 @@ def _send_at(clients: Load, rate: float, seconds: float) -> list[float]:
     for sent, sender in enumerate(itertools.cycle(clients.senders)):
         due = start + sent / rate
         while (late := time.perf_counter() - due) < 0:
-            clients.read(answer=False)
+            clients.read(0, answer=False)
         if due > start + seconds:
             return lags
         lags.append(late)

@@ -60,11 +60,11 @@ class Transport(Protocol):
         """What there is, for who has slept and went on with this outcome; see `receive`."""
 
     def send(self, data: bytes | memoryview, /) -> int:
-        """Hand bytes to the kernel without waiting; how many were taken.
+        """Hand bytes to the kernel without waiting; how many were taken, which may be none.
 
         Raises:
-            BlockingIOError: It takes none now: `wait_writable`.
-            OSError: It takes no more.
+            BlockingIOError: None are taken now: `wait_writable`.
+            OSError: No more are taken, ever.
         """
 
     @property

@@ -414,7 +414,7 @@ async def test_an_idle_connection_keeps_nothing_that_only_others_need() -> None:
     print(f"measured: {server.loop.name}: objects of 50 connections: {kinds}")
     assert Driver in kinds
     assert not [kind for kind in kinds if issubclass(kind, BaseException)]
-    # The opening is h11's, unusual frames are wsproto's; the rest are buffers and compression.
+    # The opening is h11's, what is wrong is wsproto's; the rest are buffers and compression.
     modules = {kind.__module__.partition(".")[0] for kind in kinds}
     assert modules.isdisjoint(("h11", "wsproto", "_io", "zlib")), kinds
     assert len(queues) < 10, "queues that are empty are shared"

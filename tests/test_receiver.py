@@ -338,12 +338,13 @@ async def test_who_is_woken_without_input_waits_on(make: Callable[..., Unit]) ->
 # Large frames
 
 
+@pytest.mark.parametrize("first", [0x81, 0x82])
 async def test_of_a_large_frame_all_is_read_at_once_and_nothing_behind_it(
-    make: Callable[..., Unit],
+    make: Callable[..., Unit], first: int
 ) -> None:
     """What is behind it is input like any other, and may be tiny messages."""
     unit = make()
-    frame = masked(0x82, b"x" * 500_000)
+    frame = masked(first, b"x" * 500_000)
     unit.wire.arrive(frame + text("1") + frame + text("2"))
     assert [len(await unit.receive()) for _ in range(4)] == [500_000, 1, 500_000, 1]
     missing = len(frame) - READ_SIZE
@@ -351,6 +352,17 @@ async def test_of_a_large_frame_all_is_read_at_once_and_nothing_behind_it(
     small = READ_SIZE
     assert unit.wire.asked == [small, missing, small, small, more, small]
     assert unit.wire.read_size == READ_SIZE
+
+
+@pytest.mark.parametrize("first", [0x01, 0x02])
+async def test_of_a_large_fragment_all_is_read_at_once(
+    make: Callable[..., Unit], first: int
+) -> None:
+    unit = make()
+    frame = masked(first, b"x" * 500_000)
+    unit.wire.arrive(frame + masked(0x80, b"x"))
+    assert len(await unit.receive()) == 500_001
+    assert unit.wire.asked == [READ_SIZE, len(frame) - READ_SIZE, READ_SIZE]
 
 
 async def test_pieces_of_a_large_frame_are_read_as_they_come(make: Callable[..., Unit]) -> None:

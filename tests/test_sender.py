@@ -58,6 +58,8 @@ class Kernel:
     def send(self, data: bytes | memoryview) -> int:
         if self.error is not None:
             raise self.error
+        if not self.room:
+            raise BlockingIOError
         taken = bytes(data[: self.room])
         self.room -= len(taken)
         self.calls.append(taken)
@@ -742,6 +744,17 @@ async def test_a_kernel_that_takes_ciphertext_makes_progress() -> None:
         await unit.sender.drain()
     assert unit.sender.progress > before
     assert not unit.sender.blocked
+
+
+async def test_a_transport_that_takes_nothing_has_refused_all() -> None:
+    """As TLS does, while the kernel has not taken what it has encrypted before."""
+    unit = Unit()
+    kernel: Any = unit.kernel
+    kernel.send = lambda data: 0
+    unit.sender.queue(b"one")
+    assert unit.sender.blocked
+    del kernel.send
+    assert await unit.drain() == b"one"
 
 
 # Rooms of many: what a broadcast costs, counted
