@@ -111,20 +111,14 @@ def kept_awake() -> Iterator[None]:
     minute to the next: it is what would be measured of who waits for single messages.
     """
     with ExitStack() as stack:
-        for core in sorted(CORES)[:2] if hasattr(os, "SCHED_IDLE") else ():
-            command = [sys.executable, "-c", SPIN, str(core)]
+        for core in range(min(len(CORES), 2)) if hasattr(os, "SCHED_IDLE") else ():
+            command = [sys.executable, "-c", "while True: pass"]
             spinning = subprocess.Popen(command, preexec_fn=_end_with_parent)
             stack.enter_context(spinning)
             stack.callback(spinning.kill)
+            pin(spinning.pid, core)
+            os.sched_setscheduler(spinning.pid, os.SCHED_IDLE, os.sched_param(0))
         yield
-
-
-SPIN = """
-import os, sys
-os.sched_setaffinity(0, {int(sys.argv[1])})
-os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-while True: pass
-"""
 
 
 def run_loop(loop: str, main: Any) -> None:

@@ -164,6 +164,7 @@ def test_who_has_something_goes_on(
     loop = watching(make)
     watch = loop.watch
     loop.go_on()
+    assert not watch.poll(0, 1)
     assert watch.fileno() > 0
 
     def reader(number: int) -> Callable[[], None]:
@@ -188,6 +189,7 @@ def test_who_has_something_goes_on(
         watch.remove(pairs[number][0].fileno())
     loop.go_on()
     assert not went_on
+    assert not watch.poll(0, 1)
     pairs[3][1].close()
     loop.go_on()
     assert went_on == [3]
@@ -215,6 +217,7 @@ def test_who_is_removed_by_the_one_before_does_not_go_on(
         loop.watch.add(ours.fileno(), waiting(remove_all))
         peer.send(b"x")
     loop.go_on()
+    assert not loop.watch.poll(0, 1)
     loop.go_on()
     assert len(went_on) == 1
     loop.watch.close()

@@ -54,7 +54,7 @@ _COMPRESSED_BINARY = FIN | RSV1 | BINARY
 _COMPRESSED = (_COMPRESSED_TEXT, _COMPRESSED_BINARY)
 _CONTROL = 0x08
 _CONTINUATION = 0x00
-_FIRST_FRAMES = (TEXT, BINARY, FIN | TEXT, FIN | BINARY)
+_FIRST_FRAMES = (TEXT, BINARY, _FINAL_TEXT, _FINAL_BINARY)
 _NEXT_FRAMES = (_CONTINUATION, FIN | _CONTINUATION)
 _REMOTE_CLOSING = ConnectionState.REMOTE_CLOSING
 
@@ -224,7 +224,7 @@ class Connection:
         frames = 0
         end = len(data)
         while position < end and not self.close_received:
-            if self._partial is not None and self._partial.missing:
+            if self.missing:
                 position = self._gather(data, position, events)
             elif self._remaining:
                 stop = min(end, position + self._remaining)
